@@ -1,0 +1,72 @@
+"""UniRT runs one neural network on whichever inference engine is best here, and shows why.
+
+import unirt
+
+session = unirt.load("model.onnx")
+outputs = session.run({"x": array})
+"""
+
+from unirt.arrays import DeviceArray
+from unirt.backend import Backend, Binding, Engine, Pool, Session
+from unirt.devices import host_devices
+from unirt.errors import (
+    BackendError,
+    BackendUnavailable,
+    BuildError,
+    CandidateError,
+    ClosedError,
+    DataError,
+    InputError,
+    ModelError,
+    ModelNotFound,
+    NoBackend,
+    OptionError,
+    UnirtError,
+)
+from unirt.loading import Decision, backends, build, devices, load, select
+from unirt.model import Model, ModelFile
+from unirt.options import Options, option
+from unirt.plugins import hookimpl
+from unirt.selector import Selection
+from unirt.types import CPU, Availability, Candidate, Device, TensorSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CPU",
+    "Availability",
+    "Backend",
+    "BackendError",
+    "BackendUnavailable",
+    "Binding",
+    "BuildError",
+    "Candidate",
+    "CandidateError",
+    "ClosedError",
+    "DataError",
+    "Decision",
+    "Device",
+    "DeviceArray",
+    "Engine",
+    "InputError",
+    "Model",
+    "ModelError",
+    "ModelFile",
+    "ModelNotFound",
+    "NoBackend",
+    "OptionError",
+    "Options",
+    "Pool",
+    "Selection",
+    "Session",
+    "TensorSpec",
+    "UnirtError",
+    "backends",
+    "build",
+    "devices",
+    "hookimpl",
+    "host_devices",
+    "load",
+    "option",
+    "select",
+]

@@ -1,0 +1,765 @@
+"""The contract between UniRT and an inference engine.
+
+Core owns the public methods here: it validates, maps errors, counts calls in flight and closes. A
+plugin fills in the underscored ones, four required and two optional:
+
+    Backend._probe() -> Availability
+    Backend._compile(file, device, options) -> Engine
+    Engine._new_session() -> Session
+    Session._run(inputs) -> outputs
+    Engine._close(), Session._close()
+
+What only some engines can do stands in small protocols (`SupportsBind`, `SupportsDeviceArrays`).
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from types import TracebackType
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, final, runtime_checkable
+
+import numpy as np
+
+from unirt.arrays import DeviceArray, admit, describe, to_array
+from unirt.errors import (
+    BackendError,
+    BackendUnavailable,
+    BuildError,
+    ClosedError,
+    InputError,
+    UnirtError,
+)
+from unirt.model import Model, ModelFile, ModelSource
+from unirt.options import Options
+from unirt.types import Array, Availability, Candidate, Device, TensorSpec
+
+T = TypeVar("T")
+
+
+class Backend(abc.ABC):
+    """An inference engine as a plugin: what it can do here, and how it compiles a model.
+
+    One instance per process; every method may be called from any thread.
+    """
+
+    name: ClassVar[str]
+    """What a candidate calls it; equal to the entry point's name."""
+    formats: ClassVar[tuple[str, ...]]
+    """Model formats it reads (`onnx`, `tflite`), the preferred one first."""
+    options: ClassVar[type[Options]] = Options
+    """Its options, a frozen dataclass."""
+
+    _availability: Availability | None = None
+
+    @abc.abstractmethod
+    def _probe(self) -> Availability:
+        """Look for the vendor library and its devices. May raise; core turns that into a no."""
+
+    @abc.abstractmethod
+    def _compile(self, file: ModelFile, device: Device, options: Any) -> Engine:
+        """Compile one model file, in one of `formats`, for a device that `_probe` offered.
+
+        `options` is an instance of `self.options`. Any exception becomes a BuildError.
+        """
+
+    @final
+    def probe(self, *, refresh: bool = False) -> Availability:
+        """Whether this engine is usable here, where, and if not why. Never raises; remembered."""
+        if self._availability is None or refresh:
+            try:
+                self._availability = self._probe()
+            except Exception as error:  # noqa: BLE001 - a broken vendor library is a line in doctor
+                self._availability = Availability.no(
+                    f"its vendor library fails: {type(error).__name__}: {error}",
+                    f"reinstall it: pip install --force-reinstall 'unirt[{self.name}]'",
+                )
+        return self._availability
+
+    @final
+    def compile(
+        self,
+        model: Model | ModelSource,
+        device: str | None = None,
+        options: Mapping[str, object] | Options | None = None,
+    ) -> Engine:
+        """The model compiled for `device`, or for this backend's default one.
+
+        Raises BackendUnavailable, OptionError, ModelError, or BuildError with the vendor's own
+        exception as its cause. The engine belongs to the caller.
+        """
+        model = Model.open(model)
+        parsed = self.options.parse(options, owner=self.name)
+        target = self._device(device)
+        file = model.file(self.formats)
+        if file is None:
+            raise BuildError(
+                f"{self.name} cannot read {model.name!r}.",
+                f"It reads {' and '.join(self.formats)}; this model is there as "
+                f"{' and '.join(model.formats)}.",
+                f"Pass the same network as {self.formats[0]} too: "
+                f"unirt.Model({model.primary.format}=..., {self.formats[0]}=...).",
+                backend=self.name,
+                formats=tuple(model.formats),
+            )
+        started = time.perf_counter()
+        try:
+            engine = self._compile(file, target, parsed)
+        except UnirtError:
+            raise
+        except Exception as error:
+            raise BuildError(
+                f"{self.name} could not compile {model.name!r} for {target}.",
+                f"{type(error).__name__}: {error}",
+                "Try another candidate, or see the engine's message above for what to change.",
+                backend=self.name,
+                device=str(target),
+            ) from error
+        file.verify()
+        engine._attach(self, model, file, target, parsed, time.perf_counter() - started)
+        return engine
+
+    def _device(self, wanted: str | None) -> Device:
+        availability = self.probe()
+        candidate = Candidate(self.name, wanted)
+        if not availability.available:
+            raise BackendUnavailable(
+                f"{candidate} cannot be used here.",
+                _sentence(availability.reason),
+                _sentence(availability.hint),
+                backend=self.name,
+                device=wanted,
+            )
+        device = availability.find(wanted)
+        if device is None:
+            kind = str(wanted).partition(":")[0]
+            offered = ", ".join(map(str, availability.devices))
+            raise BackendUnavailable(
+                f"{candidate} cannot be used here.",
+                _sentence(availability.missing.get(kind, f"{self.name} reports no such device")),
+                f"It offers: {offered}.",
+                backend=self.name,
+                device=wanted,
+            )
+        return device
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text and text[-1] not in ".!?" else text
+
+
+class Engine(abc.ABC):
+    """A compiled model. Opens sessions; closing it closes them.
+
+    Thread-safe. A backend may set `_inputs`, `_outputs` where its own specs know more than the
+    model file's (same names), and `_facts` with JSON-able details for reports.
+    """
+
+    _inputs: tuple[TensorSpec, ...] | None = None
+    _outputs: tuple[TensorSpec, ...] | None = None
+    _facts: Mapping[str, object] = {}
+
+    backend: Backend
+    model: Model
+    file: ModelFile
+    device: Device
+    options: Options
+    build_seconds: float
+
+    @abc.abstractmethod
+    def _new_session(self) -> Session:
+        """A running instance of this engine."""
+
+    def _close(self) -> None:
+        """Free what the engine holds. Called once, after all its sessions are closed."""
+
+    @final
+    def _attach(
+        self,
+        backend: Backend,
+        model: Model,
+        file: ModelFile,
+        device: Device,
+        options: Options,
+        seconds: float,
+    ) -> None:
+        self.backend, self.model, self.file = backend, model, file
+        self.device, self.options, self.build_seconds = device, options, seconds
+        inputs, outputs = model.input_names(file), model.output_names(file)
+        # What users write is the model's own names; `_renamed_*` leads to this file's where
+        # another format of the same network calls them differently.
+        self._renamed_inputs = {} if all(k == v for k, v in inputs.items()) else dict(inputs)
+        self._renamed_outputs = {} if all(k == v for k, v in outputs.items()) else dict(outputs)
+        self.inputs = _rename(self._inputs or file.inputs, inputs)
+        self.outputs = _rename(self._outputs or file.outputs, outputs)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate(self.backend.name, str(self.device))
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What the backend reports about this engine: providers in use, threads, caches."""
+        return self._facts
+
+    @final
+    def session(self) -> Session:
+        """A new session; it belongs to the caller. Raises ClosedError, BackendError."""
+        with self._lock:
+            if self._closed:
+                raise _closed("engine", self)
+            try:
+                session = self._new_session()
+            except UnirtError:
+                raise
+            except Exception as error:
+                raise _failed("open a session of", self, error) from error
+            session._attach(self)
+            self._sessions.add(session)
+        return session
+
+    @final
+    def close(self) -> None:
+        """Closes every session, waiting for calls in flight, then the engine. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        for session in list(self._sessions):
+            session.close()
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<unirt.Engine {self.candidate} of {self.model.name!r}>"
+
+
+def _rename(specs: tuple[TensorSpec, ...], canonical: Mapping[str, str]) -> tuple[TensorSpec, ...]:
+    """Engine specs under the model's own names, in the model's own order."""
+    by_name = {spec.name: spec for spec in specs}
+    return tuple(
+        spec if name == spec.name else TensorSpec(name, spec.dtype, spec.shape, spec.kind)
+        for name, spec in ((name, by_name[inner]) for name, inner in canonical.items())
+    )
+
+
+def _closed(what: str, engine: Engine) -> ClosedError:
+    return ClosedError(
+        f"This {what} of {engine.model.name!r} on {engine.candidate} is closed.",
+        "close() was called, or its `with` block ended.",
+        f"Open a new one: engine.session(), or unirt.load({engine.model.name!r}).",
+    )
+
+
+def _failed(doing: str, engine: Engine, error: BaseException) -> BackendError:
+    return BackendError(
+        f"{engine.candidate} failed to {doing} {engine.model.name!r}.",
+        f"{type(error).__name__}: {error}",
+        "The session stays usable; check that this input suits the network, or try another "
+        "candidate.",
+        backend=engine.backend.name,
+        device=str(engine.device),
+    )
+
+
+class Session(abc.ABC):
+    """A running engine. Every public method is safe to call from many threads.
+
+    A backend that allows `_run` from several threads at once says `concurrent = True`; otherwise
+    core lets one call in at a time. `lanes` is how many calls are worth having in flight.
+    """
+
+    concurrent: ClassVar[bool] = False
+    lanes: int = 1
+
+    engine: Engine
+    decision: Any = None
+    """How `unirt.load` came to this engine: a `Decision`; None for a session opened by hand."""
+
+    @abc.abstractmethod
+    def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """One inference. `inputs` holds every input of the file with the right dtype and a shape
+        that fits; arrays may be read-only or strided, and must not be kept. The outputs are new
+        arrays that nobody else will write to.
+        """
+
+    def _close(self) -> None:
+        """Free what the session holds. Called once; no `_run` is or will be running."""
+
+    @final
+    def _attach(self, engine: Engine) -> None:
+        self.engine = engine
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+        self._expected = tuple(
+            (spec.name, spec.numpy_dtype if spec.kind == "tensor" else None)
+            for spec in engine.inputs
+        )
+        self._rename_in, self._rename_out = engine._renamed_inputs, engine._renamed_outputs
+        self._rename_back = {inner: name for name, inner in self._rename_out.items()}
+        self._known_shapes: set[object] = set()
+        self._gate = threading.Lock()
+        self._serial = None if self.concurrent else threading.Lock()
+        self._idle = threading.Event()  # only touched once closing: an Event costs more than a run
+        self._in_flight = 0
+        self._closed = False
+        self._executor: ThreadPoolExecutor | None = None
+        self._bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
+        self._owns_engine = False
+        self._direct = self._serial is None and not self._rename_in and not self._rename_back
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @final
+    def run(self, inputs: Any = None, *, device_outputs: bool = False) -> dict[str, Any]:
+        """One inference: a dict of arrays in, a dict of arrays out.
+
+        A model with one input also takes the bare array. Arrays are NumPy, or anything with
+        `__dlpack__`; they are used as they are and never cast. Outputs are new arrays and belong to
+        the caller. `device_outputs=True` leaves them on the engine's device, as arrays with
+        `__dlpack__` and `__cuda_array_interface__`.
+
+        Raises InputError (the session stays usable), ClosedError, or BackendError with the
+        vendor's exception as cause.
+        """
+        plain = not device_outputs and self._fits(inputs)
+        if not plain:
+            inputs = self._admit(inputs)
+        # `_enter` and `_leave`, written out: this is the one path where a microsecond counts.
+        gate = self._gate
+        with gate:
+            if self._closed:
+                raise _closed("session", self.engine)
+            self._in_flight += 1
+        try:
+            if plain and self._direct:
+                outputs = self._run(inputs)
+                return outputs if type(outputs) is dict else dict(outputs)
+            return self._execute(inputs, device_outputs)
+        except UnirtError:
+            raise
+        except Exception as error:
+            raise _failed("run", self.engine, error) from error
+        finally:
+            with gate:
+                self._in_flight -= 1
+                if self._closed and not self._in_flight:
+                    self._idle.set()
+
+    @final
+    def submit(self, inputs: Any = None, *, device_outputs: bool = False) -> Future[dict[str, Any]]:
+        """`run` in the background. Wrong inputs raise here; the future carries everything else.
+
+        At most `lanes` calls run at once, in order of submission. The arrays are not copied: leave
+        them unchanged until the future is done.
+        """
+        feed = dict(inputs) if self._fits(inputs) else self._admit(inputs)
+        self._enter()
+        try:
+            future = self._workers().submit(self._execute_queued, feed, device_outputs)
+        except BaseException:
+            self._leave()
+            raise
+        future.add_done_callback(lambda _: self._leave())
+        return future
+
+    @final
+    def map(
+        self, stream: Iterable[Any], *, in_flight: int | None = None, device_outputs: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """Outputs for a stream of inputs, in its order, with several calls in flight.
+
+        `stream` is read lazily, at most `in_flight` items ahead (default: one more than `lanes`),
+        so it may be endless; each item must stay unchanged until its output is out. An error comes
+        out at its item's place and ends the stream.
+        """
+        self._check_open()
+        depth = self.lanes + 1 if in_flight is None else in_flight
+        if depth < 1:
+            raise InputError(
+                f"map cannot keep {depth} calls in flight.",
+                "in_flight counts the inputs being worked on.",
+                "Pass 1 or more, or leave it out.",
+            )
+        return self._map(stream, depth, device_outputs)
+
+    def _map(
+        self, stream: Iterable[Any], depth: int, device_outputs: bool
+    ) -> Iterator[dict[str, Any]]:
+        pending: deque[Future[dict[str, Any]]] = deque()
+        try:
+            for item in stream:
+                try:
+                    pending.append(self.submit(item, device_outputs=device_outputs))
+                except UnirtError:
+                    # What came before the bad item is still owed to the caller.
+                    while pending:
+                        yield pending.popleft().result()
+                    raise
+                if len(pending) >= depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    @final
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any] | None = None) -> Binding:
+        """Fixed buffers for a tight loop: write into `inputs`, call `binding.run()`, read `outputs`.
+
+        Buffers are C-contiguous arrays that the caller keeps; missing outputs are allocated, with
+        the shapes that one run with these inputs gives. The shapes are fixed from then on.
+        """
+        self._check_open()
+        feed = self._admit(inputs)
+        given = dict(outputs or {})
+        unknown = sorted(set(given) - {spec.name for spec in self.outputs})
+        if unknown:
+            names = ", ".join(spec.name for spec in self.outputs)
+            raise InputError(
+                f"The model has no output {unknown[0]!r}.",
+                f"Its outputs are: {names}.",
+                "Bind these, or leave outputs out to have them allocated.",
+                name=unknown[0],
+            )
+        specs = {spec.name: spec for spec in self.outputs}
+        given = {n: to_array(v, specs[n], self.engine.device.kind) for n, v in given.items()}
+        for name, value in feed.items():
+            _check_buffer(name, value, writable=False)
+        for name, value in given.items():
+            _check_buffer(name, value, writable=True)
+        on_device = any(type(v) is DeviceArray for v in [*feed.values(), *given.values()])
+        sample = self.run(feed, device_outputs=on_device)
+        buffers: dict[str, Any] = {}
+        for spec in self.outputs:
+            produced = sample[spec.name]
+            buffer = given.get(spec.name)
+            if buffer is None:
+                buffer = produced
+            elif describe(buffer) != describe(produced):
+                raise InputError(
+                    f"The buffer for output {spec.name!r} does not fit.",
+                    f"This input gives {describe(produced)}; the buffer is {describe(buffer)}.",
+                    "Allocate it so, or leave it out.",
+                    name=spec.name,
+                )
+            buffers[spec.name] = buffer
+        inner_in = {self._rename_in.get(name, name): value for name, value in feed.items()}
+        inner_out = {self._rename_out.get(name, name): value for name, value in buffers.items()}
+        if isinstance(self, SupportsBind):
+            try:
+                step = self._bind(inner_in, inner_out)
+            except UnirtError:
+                raise
+            except Exception as error:
+                raise _failed("bind buffers of", self.engine, error) from error
+        else:
+            step = self._copying_step(inner_in, inner_out)
+        binding = Binding(self, feed, buffers, step)
+        with self._gate:
+            if self._closed:
+                raise _closed("session", self.engine)
+            self._bindings.add(binding)
+        return binding
+
+    def _copying_step(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> Callable[[], object]:
+        serial = self._serial or nullcontext()
+
+        def step() -> None:
+            with serial:
+                produced = self._run(inputs)
+            for name, buffer in outputs.items():
+                np.copyto(buffer, produced[name], casting="no")
+
+        return step
+
+    @final
+    def close(self) -> None:
+        """Waits for calls in flight and queued, then frees the session. Idempotent."""
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
+            if not self._in_flight:
+                self._idle.set()
+        for binding in list(self._bindings):
+            binding.close()
+        self._idle.wait()
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+        self._close()
+        if self._owns_engine:
+            self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<unirt.Session {self.engine.candidate} of {self.engine.model.name!r}>"
+
+    def _fits(self, inputs: Any) -> bool:
+        """Whether these are plain arrays of the right dtypes in shapes that were admitted before."""
+        expected = self._expected
+        if type(inputs) is not dict or len(inputs) != len(expected):
+            return False
+        if len(expected) == 1:
+            ((name, dtype),) = expected
+            value = inputs.get(name)
+            return (
+                type(value) is np.ndarray
+                and value.dtype is dtype
+                and value.shape in self._known_shapes
+            )
+        shapes = []
+        for name, dtype in expected:
+            value = inputs.get(name)
+            if type(value) is not np.ndarray or value.dtype is not dtype:
+                return False
+            shapes.append(value.shape)
+        return tuple(shapes) in self._known_shapes
+
+    def _admit(self, inputs: Any) -> dict[str, Any]:
+        feed = admit(inputs, self.inputs, self.engine.device.kind)
+        if all(type(value) is np.ndarray for value in feed.values()):
+            if len(self._known_shapes) >= 1024:
+                self._known_shapes.clear()
+            shapes = tuple(value.shape for value in feed.values())
+            self._known_shapes.add(shapes[0] if len(shapes) == 1 else shapes)
+        return feed
+
+    def _execute(self, feed: dict[str, Any], device_outputs: bool) -> dict[str, Any]:
+        if self._rename_in:
+            feed = {self._rename_in[name]: value for name, value in feed.items()}
+        if device_outputs or any(type(value) is DeviceArray for value in feed.values()):
+            outputs = self._run_on_device(feed, device_outputs)
+        elif self._serial is None:
+            outputs = self._run(feed)
+        else:
+            with self._serial:
+                outputs = self._run(feed)
+        if self._rename_back:
+            return {self._rename_back[name]: value for name, value in outputs.items()}
+        return outputs if type(outputs) is dict else dict(outputs)
+
+    def _execute_queued(self, feed: dict[str, Any], device_outputs: bool) -> dict[str, Any]:
+        try:
+            return self._execute(feed, device_outputs)
+        except UnirtError:
+            raise
+        except Exception as error:
+            raise _failed("run", self.engine, error) from error
+
+    def _run_on_device(self, feed: Mapping[str, Any], keep: bool) -> Mapping[str, Any]:
+        if not isinstance(self, SupportsDeviceArrays):
+            raise InputError(
+                f"{self.engine.candidate} cannot work on arrays of a device.",
+                "This engine takes and gives host memory.",
+                "Copy the inputs to the host and leave device_outputs out.",
+            )
+        if self._serial is None:
+            return self._run_device(feed, keep)
+        with self._serial:
+            return self._run_device(feed, keep)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _closed("session", self.engine)
+
+    def _enter(self) -> None:
+        with self._gate:
+            if self._closed:
+                raise _closed("session", self.engine)
+            self._in_flight += 1
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._in_flight -= 1
+            if self._closed and not self._in_flight:
+                self._idle.set()
+
+    def _workers(self) -> ThreadPoolExecutor:
+        with self._gate:
+            if self._executor is None:
+                name = f"unirt-{self.engine.backend.name}"
+                self._executor = ThreadPoolExecutor(max(1, self.lanes), thread_name_prefix=name)
+            return self._executor
+
+
+def _check_buffer(name: str, value: Any, *, writable: bool) -> None:
+    if isinstance(value, DeviceArray):
+        return
+    if not isinstance(value, np.ndarray):
+        problem = f"It is {describe(value)}"
+    elif not value.flags.c_contiguous:
+        problem = "It is not C-contiguous"
+    elif writable and not value.flags.writeable:
+        problem = "It is read-only"
+    else:
+        return
+    raise InputError(
+        f"The buffer for {name!r} cannot be bound.",
+        f"{problem}; the engine reads and writes it in place.",
+        "Pass np.ascontiguousarray(...) and keep a reference to it.",
+        name=name,
+    )
+
+
+class Binding:
+    """Fixed input and output buffers of one session. One run at a time; others wait.
+
+    `inputs` and `outputs` are the buffers themselves: write into the first, read the second after
+    `run`. Closing the session closes its bindings.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        inputs: Mapping[str, Any],
+        outputs: dict[str, Any],
+        step: Callable[[], object],
+    ) -> None:
+        self.session, self.inputs, self.outputs = session, inputs, outputs
+        self._step = step
+        self._lock = threading.Lock()
+
+    def run(self) -> dict[str, Any]:
+        """One inference from and into the buffers; returns `outputs`.
+
+        Raises ClosedError, or BackendError with the vendor's exception as cause.
+        """
+        with self._lock:
+            try:
+                self._step()
+            except UnirtError:
+                raise
+            except Exception as error:
+                raise _failed("run", self.session.engine, error) from error
+        return self.outputs
+
+    def close(self) -> None:
+        """Waits for a run in flight and lets go of the engine. The buffers stay the caller's."""
+        with self._lock:
+            self._step = self._raise_closed
+
+    def _raise_closed(self) -> None:
+        raise _closed("binding", self.session.engine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@runtime_checkable
+class SupportsBind(Protocol):
+    """A session that can prepare fixed buffers better than run-and-copy does."""
+
+    def _bind(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> Callable[[], object]:
+        """A function that runs from `inputs` into `outputs`; core calls it one at a time."""
+
+
+@runtime_checkable
+class SupportsDeviceArrays(Protocol):
+    """A session that works on arrays in its device's memory without a host copy."""
+
+    def _run_device(self, inputs: Mapping[str, Any], keep: bool) -> Mapping[str, Any]:
+        """`_run` where inputs may be DeviceArray; outputs stay on the device if `keep`."""
+
+
+class Pool(Generic[T]):
+    """Lazily made, bounded and reusable instances of what one thread at a time may use.
+
+    For engines whose unit of work (an infer request, an interpreter) is not thread-safe: `take`
+    one, use it, `give` it back. Taking an idle one costs a deque pop.
+    """
+
+    def __init__(self, make: Callable[[], T], limit: int) -> None:
+        self._make, self._limit = make, limit
+        self._idle: deque[T] = deque()
+        self._made = 0
+        self._waiting = 0
+        self._changed = threading.Condition()
+
+    def take(self) -> T:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._grow_or_wait()
+
+    def give(self, item: T) -> None:
+        self._idle.append(item)
+        if self._waiting:
+            with self._changed:
+                self._changed.notify()
+
+    def _grow_or_wait(self) -> T:
+        with self._changed:
+            self._waiting += 1
+            try:
+                while True:
+                    # `give` looks at `_waiting` after its append, so nothing slips past this pop.
+                    if self._idle:
+                        try:
+                            return self._idle.pop()
+                        except IndexError:
+                            continue
+                    if self._made < self._limit:
+                        self._made += 1
+                        break
+                    self._changed.wait()
+            finally:
+                self._waiting -= 1
+        try:
+            return self._make()
+        except BaseException:
+            with self._changed:
+                self._made -= 1
+                self._changed.notify()
+            raise
+
+    def drain(self) -> list[T]:
+        """Takes every idle item out, for closing; nothing must be in use."""
+        items = list(self._idle)
+        self._idle.clear()
+        return items

@@ -1,0 +1,142 @@
+"""The DLPack ABI by ctypes: read any producer's tensor, hand out a device pointer as one.
+
+Only what NumPy cannot do is here: memory of a device. Layout from dlpack.h, version 0.8 (the
+unversioned `dltensor` capsule, which every producer and consumer still speaks).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
+HOST_KINDS = (CPU, CUDA_HOST)
+
+# (type code, bits) of DLDataType -> our dtype name
+_DTYPES = {
+    **{(0, bits): f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{(1, bits): f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{(2, bits): f"float{bits}" for bits in (16, 32, 64)},
+    **{(5, bits): f"complex{bits}" for bits in (64, 128)},
+    (4, 16): "bfloat16",
+    (6, 8): "bool",
+    (10, 8): "float8_e4m3fn",
+    (11, 8): "float8_e4m3fnuz",
+    (12, 8): "float8_e5m2",
+    (13, 8): "float8_e5m2fnuz",
+    (14, 8): "float8_e8m0fnu",
+}
+_CODES = {name: code for code, name in _DTYPES.items()}
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _DLManagedTensor(ctypes.Structure):
+    pass
+
+
+_DELETER = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DLManagedTensor))
+_DLManagedTensor._fields_ = [
+    ("tensor", _DLTensor),
+    ("context", ctypes.c_void_p),
+    ("deleter", _DELETER),
+]
+_DESTRUCTOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+_api = ctypes.pythonapi
+_api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+_api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_api.PyCapsule_New.restype = ctypes.py_object
+_api.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, _DESTRUCTOR]
+# The destructor gets a capsule whose count is already zero: it must be handled as a bare pointer.
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(
+    ("PyCapsule_IsValid", _api)
+)
+_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", _api)
+)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A producer's tensor; valid while `capsule` is kept."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: str
+    device_type: int
+    device_id: int
+    contiguous: bool
+    capsule: Any
+
+
+def read(capsule: Any) -> Imported:
+    """What a `dltensor` capsule describes. Raises TypeError for a dtype that UniRT has no name for."""
+    address = _api.PyCapsule_GetPointer(capsule, b"dltensor")
+    tensor = _DLManagedTensor.from_address(address).tensor
+    shape = tuple(tensor.shape[: tensor.ndim])
+    dtype = _DTYPES.get((tensor.code, tensor.bits)) if tensor.lanes == 1 else None
+    if dtype is None:
+        raise TypeError(f"DLPack type code {tensor.code}, {tensor.bits} bits x {tensor.lanes}")
+    contiguous, expected = True, 1
+    if tensor.strides:
+        for size, stride in zip(
+            reversed(shape), tensor.strides[tensor.ndim - 1 :: -1], strict=False
+        ):
+            contiguous &= size == 1 or stride == expected
+            expected *= size
+    return Imported(
+        (tensor.data or 0) + tensor.byte_offset,
+        shape,
+        dtype,
+        tensor.device_type,
+        tensor.device_id,
+        contiguous or 0 in shape,
+        capsule,
+    )
+
+
+_exported: dict[int, tuple[Any, ...]] = {}
+
+
+@_DELETER
+def _delete(managed: Any) -> None:
+    _exported.pop(ctypes.addressof(managed.contents), None)
+
+
+@_DESTRUCTOR
+def _destroy(capsule: int) -> None:
+    if _is_valid(capsule, b"dltensor"):  # a consumer renames the capsule and takes the tensor over
+        _exported.pop(_pointer_of(capsule, b"dltensor"), None)
+
+
+def export(
+    pointer: int, shape: tuple[int, ...], dtype: str, device: tuple[int, int], owner: object
+) -> Any:
+    """A `dltensor` capsule over C-contiguous memory; `owner` lives until the consumer lets go."""
+    if dtype not in _CODES:
+        raise BufferError(f"DLPack has no type for {dtype}")
+    code, bits = _CODES[dtype]
+    sizes = (ctypes.c_int64 * max(1, len(shape)))(*shape)
+    managed = _DLManagedTensor()
+    managed.tensor = _DLTensor(
+        pointer, device[0], device[1], len(shape), code, bits, 1, sizes, None, 0
+    )
+    managed.deleter = _delete
+    address = ctypes.addressof(managed)
+    _exported[address] = (managed, sizes, owner)
+    return _api.PyCapsule_New(address, b"dltensor", _destroy)

@@ -1,0 +1,297 @@
+"""From a model and a wish to a running session: backends, devices, select, build, load."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from unirt import plugins
+from unirt.backend import Backend, Engine, Session
+from unirt.devices import host_devices
+from unirt.errors import BackendError, BackendUnavailable, NoBackend, OptionError, UnirtError
+from unirt.model import Model, ModelFile, ModelSource
+from unirt.options import Options
+from unirt.plugins import Plugin
+from unirt.selector import Facts, Selection, rank
+from unirt.types import Candidate, Device
+
+log = logging.getLogger("unirt")
+
+OptionValues = Mapping[str, object] | Options
+Candidates = str | Candidate | Sequence[str | Candidate]
+
+# How a candidate's precision is called in the tensors of a graph.
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
+
+
+def backends() -> tuple[Plugin, ...]:
+    """Every backend plugin of this machine, those that failed to load too, in order of name.
+
+    Each carries its `backend`, and an `availability` with version, devices or the reason for a no.
+    """
+    return plugins.plugins()
+
+
+def devices() -> tuple[Device, ...]:
+    """The CPU, NVIDIA GPUs, and what the engines report besides; `facts['engines']` says which
+    engines see each. Never raises.
+    """
+    found = {str(device): device for device in host_devices()}
+    engines: dict[str, list[str]] = {key: [] for key in found}
+    for plugin in backends():
+        for device in plugin.availability.devices:
+            found.setdefault(str(device), device)
+            engines.setdefault(str(device), []).append(plugin.name)
+    return tuple(
+        replace(device, facts={**device.facts, "engines": tuple(engines[key])})
+        for key, device in found.items()
+    )
+
+
+def select(model: Model | ModelSource, candidates: Candidates | None = None) -> Selection:
+    """Ranks the candidates of this machine for this model, with the reason why each is in or out.
+
+    Compiles and measures nothing; the rules are `unirt.selector.RULES`. Without `candidates`, every
+    backend on every device it offers. Raises ModelError and CandidateError only.
+    """
+    model = Model.open(model)
+    wanted = _every_candidate() if candidates is None else _listed(candidates)
+    return rank(model.name, [_facts(model, candidate) for candidate in wanted])
+
+
+def build(
+    model: Model | ModelSource,
+    candidate: str | Candidate,
+    *,
+    options: OptionValues | None = None,
+) -> Engine:
+    """The model compiled by exactly this candidate; it never falls back.
+
+    The engine belongs to the caller: close it, or use it in a `with` block. Raises CandidateError,
+    BackendUnavailable, OptionError, ModelError or BuildError.
+    """
+    candidate = Candidate.parse(candidate)
+    model = Model.open(model)
+    backend = _backend(candidate.backend)
+    file = model.file(backend.formats)
+    problem = _precision_problem(candidate, file) if file else ""
+    if problem:
+        raise BackendUnavailable(
+            f"{candidate} cannot run {model.name!r}.",
+            f"{problem}.",
+            f"Leave the precision out to run the graph as it is: {replace(candidate, precision=None)}.",
+            backend=candidate.backend,
+            precision=candidate.precision,
+        )
+    return backend.compile(model, candidate.device, options)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One candidate that `load` tried, and the error it met, None if it runs."""
+
+    candidate: Candidate
+    error: UnirtError | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a session came to its engine. `how` is `ranked` by the rules, `listed` or `named` by the
+    caller, or `environment` for UNIRT_BACKEND; `selection` keeps those never tried, with reasons.
+    """
+
+    candidate: Candidate
+    how: Literal["ranked", "listed", "named", "environment"]
+    attempts: tuple[Attempt, ...]
+    selection: Selection
+
+    @property
+    def fell_back(self) -> bool:
+        return len(self.attempts) > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "candidate": str(self.candidate),
+            "how": self.how,
+            "fell_back": self.fell_back,
+            "attempts": [
+                {"candidate": str(a.candidate), "error": str(a.error) if a.error else None}
+                for a in self.attempts
+            ],
+            "selection": self.selection.to_dict(),
+        }
+
+
+def load(
+    model: Model | ModelSource,
+    candidate: Candidates | None = None,
+    *,
+    options: Mapping[str, object] | Options | None = None,
+) -> Session:
+    """A session of the model on the best engine of this machine.
+
+    Without a candidate the best of `select` is taken; if it fails to compile, the next, with a
+    warning on the `unirt` log and a record in `session.decision`. A list of candidates is tried in
+    its own order. A single named candidate, and the one in UNIRT_BACKEND, never falls back.
+
+    `options` are those of the named candidate; otherwise a mapping of backend name to options.
+    Closing the session frees the engine. Raises NoBackend with every reason when none is left.
+    """
+    model = Model.open(model)
+    environment = os.environ.get("UNIRT_BACKEND", "").strip()
+    how: Literal["ranked", "listed", "named", "environment"] = "ranked"
+    if candidate is None and environment:
+        how, candidate = "environment", environment
+    elif isinstance(candidate, str | Candidate):
+        how = "named"
+    elif candidate is not None:
+        how = "listed"
+    if isinstance(candidate, str | Candidate):
+        named = Candidate.parse(candidate)
+        flat = options
+        if how == "environment":
+            flat = _options_of(named, options)
+        session = _open(model, named, flat)
+        ranking = rank(model.name, [_facts(model, named)])
+        session.decision = Decision(named, how, (Attempt(named),), ranking)
+        return session
+    selection = select(model, candidate)
+    order = selection.candidates
+    if candidate is not None:
+        order = tuple(c for c in _listed(candidate) if c in selection.candidates)
+    attempts: list[Attempt] = []
+    for one in order:
+        try:
+            session = _open(model, one, _options_of(one, options))
+        except (BackendError, BackendUnavailable) as error:
+            attempts.append(Attempt(one, error))
+            log.warning("%s falls out: %s", one, error)
+            continue
+        attempts.append(Attempt(one))
+        session.decision = Decision(one, how, tuple(attempts), selection)
+        return session
+    reasons = {**selection.excluded, **{str(a.candidate): str(a.error) for a in attempts}}
+    raise NoBackend(
+        f"No engine of this machine runs {model.name!r}.",
+        " ".join(f"{name}: {reason}." for name, reason in reasons.items()) or "None is installed.",
+        "Install one, for example pip install 'unirt[cpu]'; `unirt doctor` shows what is here.",
+        reasons=reasons,
+    )
+
+
+def _open(model: Model, candidate: Candidate, options: OptionValues | None) -> Session:
+    engine = build(model, candidate, options=options)
+    try:
+        session = engine.session()
+    except BaseException:
+        engine.close()
+        raise
+    session._owns_engine = True
+    return session
+
+
+def _options_of(
+    candidate: Candidate, options: Mapping[str, object] | Options | None
+) -> OptionValues | None:
+    """The part of nested options that is meant for one candidate's backend."""
+    if options is None:
+        return None
+    known = plugins.names()
+    if isinstance(options, Options) or not all(
+        key in known and isinstance(value, Mapping | Options) for key, value in options.items()
+    ):
+        raise OptionError(
+            "The options do not say which backend they are for.",
+            "No single candidate was named, and every backend has options of its own.",
+            "Pass options={'onnxruntime': {'threads': 4}}, or name a candidate.",
+        )
+    chosen = options.get(candidate.backend)
+    return chosen if isinstance(chosen, Mapping | Options) else None
+
+
+def _listed(candidates: Candidates) -> list[Candidate]:
+    if isinstance(candidates, str | Candidate):
+        candidates = [candidates]
+    return list(dict.fromkeys(Candidate.parse(text) for text in candidates))
+
+
+def _every_candidate() -> Iterable[Candidate]:
+    for plugin in backends():
+        found = plugin.availability.devices
+        for device in found or (None,):
+            yield Candidate(plugin.name, str(device) if device else None)
+
+
+def _backend(name: str) -> Backend:
+    plugin = plugins.plugin(name)
+    if plugin is None:
+        known = plugins.names()
+        near = difflib.get_close_matches(name, known, n=1)
+        guess = f"Did you mean {near[0]!r}? " if near else ""
+        raise BackendUnavailable(
+            f"There is no backend {name!r}.",
+            f"Installed plugins bring: {', '.join(known) or 'none'}.",
+            f"{guess}Install the package that brings it; `unirt doctor` lists what is here.",
+            backend=name,
+        )
+    if plugin.backend is None:
+        raise BackendUnavailable(
+            f"The backend {name!r} of {plugin.distribution} cannot be loaded.",
+            f"{plugin.failure[0].upper()}{plugin.failure[1:]}.",
+            f"{plugin.hint[0].upper()}{plugin.hint[1:]}.",
+            backend=name,
+        )
+    return plugin.backend
+
+
+def _facts(model: Model, candidate: Candidate) -> Facts:
+    """All that `rank` may know; every way for a candidate to be out becomes a reason here."""
+    plugin = plugins.plugin(candidate.backend)
+    if plugin is None or plugin.backend is None:
+        reason = plugin.failure if plugin else "no plugin of that name is installed"
+        return Facts(candidate, excluded=reason, hint=plugin.hint if plugin else "unirt doctor")
+    availability = plugin.availability
+    if not availability.available:
+        return Facts(candidate, excluded=availability.reason, hint=availability.hint)
+    device = availability.find(candidate.device)
+    if device is None:
+        kind = str(candidate.device).partition(":")[0]
+        reason = availability.missing.get(kind, f"{candidate.backend} reports no such device here")
+        return Facts(candidate, availability.version, excluded=reason)
+    file = model.file(plugin.backend.formats)
+    if file is None:
+        reads = " and ".join(plugin.backend.formats)
+        return Facts(
+            candidate,
+            availability.version,
+            device,
+            excluded=f"reads {reads}, and the model is there as {' and '.join(model.formats)} only",
+            hint=f"pass the same network as {plugin.backend.formats[0]} too",
+        )
+    return Facts(
+        candidate,
+        availability.version,
+        device,
+        file.format,
+        file is model.primary,
+        excluded=_precision_problem(candidate, file),
+        hint="leave the precision out",
+    )
+
+
+def _precision_problem(candidate: Candidate, file: ModelFile) -> str:
+    """Precision lives in the graph: a candidate's must be the one the graph already has."""
+    if candidate.precision is None:
+        return ""
+    dtype = PRECISIONS.get(candidate.precision)
+    has = max(file.weight_dtypes, key=lambda name: file.weight_dtypes[name], default="no weights")
+    if dtype == has:
+        return ""
+    return (
+        f"the graph's weights are {has}, not {candidate.precision}, and this version of UniRT "
+        "runs graphs as they are typed"
+    )
