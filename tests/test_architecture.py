@@ -82,7 +82,7 @@ def test_the_public_names_are_sorted_and_there() -> None:
 
 
 def bare(code: str) -> list[str]:
-    """Top-level modules in a fresh interpreter after running `code`, without the standard library."""
+    """Top-level modules of a fresh interpreter after `code`, less the standard library."""
     code += "\nimport json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "COV"))}
     done = subprocess.run(

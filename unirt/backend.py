@@ -176,7 +176,7 @@ class Engine(abc.ABC):
     def _new_session(self) -> Session:
         """A running instance of this engine."""
 
-    def _close(self) -> None:
+    def _close(self) -> None:  # noqa: B027 - optional
         """Free what the engine holds. Called once, after all its sessions are closed."""
 
     @final
@@ -305,7 +305,7 @@ class Session(abc.ABC):
         arrays that nobody else will write to.
         """
 
-    def _close(self) -> None:
+    def _close(self) -> None:  # noqa: B027 - optional
         """Free what the session holds. Called once; no `_run` is or will be running."""
 
     @final
@@ -428,7 +428,7 @@ class Session(abc.ABC):
 
     @final
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any] | None = None) -> Binding:
-        """Fixed buffers for a tight loop: write into `inputs`, call `binding.run()`, read `outputs`.
+        """Fixed buffers for a tight loop: write `inputs`, call `binding.run()`, read `outputs`.
 
         Buffers are C-contiguous arrays that the caller keeps; missing outputs are allocated, with
         the shapes that one run with these inputs gives. The shapes are fixed from then on.
@@ -531,7 +531,7 @@ class Session(abc.ABC):
         return f"<unirt.Session {self.engine.candidate} of {self.engine.model.name!r}>"
 
     def _fits(self, inputs: Any) -> bool:
-        """Whether these are plain arrays of the right dtypes in shapes that were admitted before."""
+        """Whether these are plain arrays, in dtypes and shapes that were admitted before."""
         expected = self._expected
         if type(inputs) is not dict or len(inputs) != len(expected):
             return False

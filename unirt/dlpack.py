@@ -85,7 +85,7 @@ class Imported:
 
 
 def read(capsule: Any) -> Imported:
-    """What a `dltensor` capsule describes. Raises TypeError for a dtype that UniRT has no name for."""
+    """What a `dltensor` capsule describes. Raises TypeError for a dtype without a name here."""
     address = _api.PyCapsule_GetPointer(capsule, b"dltensor")
     tensor = _DLManagedTensor.from_address(address).tensor
     shape = tuple(tensor.shape[: tensor.ndim])
@@ -94,9 +94,8 @@ def read(capsule: Any) -> Imported:
         raise TypeError(f"DLPack type code {tensor.code}, {tensor.bits} bits x {tensor.lanes}")
     contiguous, expected = True, 1
     if tensor.strides:
-        for size, stride in zip(
-            reversed(shape), tensor.strides[tensor.ndim - 1 :: -1], strict=False
-        ):
+        strides = tensor.strides[: tensor.ndim]
+        for size, stride in zip(reversed(shape), reversed(strides), strict=True):
             contiguous &= size == 1 or stride == expected
             expected *= size
     return Imported(
@@ -113,15 +112,17 @@ def read(capsule: Any) -> Imported:
 _exported: dict[int, tuple[Any, ...]] = {}
 
 
-@_DELETER
 def _delete(managed: Any) -> None:
     _exported.pop(ctypes.addressof(managed.contents), None)
 
 
-@_DESTRUCTOR
 def _destroy(capsule: int) -> None:
     if _is_valid(capsule, b"dltensor"):  # a consumer renames the capsule and takes the tensor over
         _exported.pop(_pointer_of(capsule, b"dltensor"), None)
+
+
+# C holds these for as long as any capsule lives, so they are made once and never freed.
+_deleter, _destructor = _DELETER(_delete), _DESTRUCTOR(_destroy)
 
 
 def export(
@@ -136,7 +137,7 @@ def export(
     managed.tensor = _DLTensor(
         pointer, device[0], device[1], len(shape), code, bits, 1, sizes, None, 0
     )
-    managed.deleter = _delete
+    managed.deleter = _deleter
     address = ctypes.addressof(managed)
     _exported[address] = (managed, sizes, owner)
-    return _api.PyCapsule_New(address, b"dltensor", _destroy)
+    return _api.PyCapsule_New(address, b"dltensor", _destructor)

@@ -83,7 +83,7 @@ def build(
         raise BackendUnavailable(
             f"{candidate} cannot run {model.name!r}.",
             f"{problem}.",
-            f"Leave the precision out to run the graph as it is: {replace(candidate, precision=None)}.",
+            f"To run the graph as it is, name {replace(candidate, precision=None)}.",
             backend=candidate.backend,
             precision=candidate.precision,
         )

@@ -20,7 +20,19 @@ Dim: TypeAlias = int | str | None
 
 # Types NumPy lacks; ml_dtypes, which every package that meets them brings, names them so.
 EXTENDED_DTYPES = frozenset(
-    ["bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn", "int4", "uint4", "int2", "uint2"]
+    {
+        "bfloat16",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+        "float4_e2m1fn",
+        "int4",
+        "uint4",
+        "int2",
+        "uint2",
+    }
 )
 
 
@@ -31,11 +43,12 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     """
     if name == "string":
         return np.dtype(object)
-    if name in EXTENDED_DTYPES:
-        import ml_dtypes
+    if name not in EXTENDED_DTYPES:
+        return np.dtype(name)
+    import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
-    return np.dtype(name)
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return dtype
 
 
 @dataclass(frozen=True)

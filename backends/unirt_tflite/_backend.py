@@ -21,6 +21,7 @@ from unirt import (
     Engine,
     InputError,
     ModelFile,
+    OptionError,
     Options,
     Pool,
     Session,
@@ -34,6 +35,8 @@ LIBRARIES = {
     "tflite-runtime": "tflite_runtime.interpreter",
 }
 INSTALL = "pip install 'unirt[tflite]'"
+# With tens of thousands LiteRT crashes the process instead of failing.
+MAX_THREADS = 1024
 RESOLVERS = {
     "xnnpack": "BUILTIN",
     "builtin": "BUILTIN_WITHOUT_DEFAULT_DELEGATES",
@@ -53,16 +56,16 @@ class TFLiteOptions(Options):
     threads: int | None = option(
         None, "Threads inside one call; default: one per physical core.", minimum=1
     )
-    lanes: int = option(
-        2,
-        "Interpreters of one session, so calls that run at once; each keeps buffers and packed "
-        "weights of its own.",
+    lanes: int | None = option(
+        None,
+        "Interpreters of one session, so calls that run at once; each has threads, buffers and "
+        "packed weights of its own. Default: physical cores divided by threads.",
         minimum=1,
     )
     kernels: Literal["xnnpack", "builtin", "reference"] = option(
         "xnnpack",
-        "xnnpack: XNNPACK where it can, then TFLite's own; builtin: TFLite's own only; reference: "
-        "its slow, plain ones.",
+        "xnnpack: XNNPACK where it can, then TFLite's own; builtin: TFLite's own only, which give "
+        "the largest float for infinity; reference: its slow, plain ones.",
     )
     carry_state: bool = option(
         False,
@@ -91,6 +94,14 @@ class TFLiteBackend(Backend):
         return Availability.yes(library.version, cpu)
 
     def _compile(self, file: ModelFile, device: Device, options: TFLiteOptions) -> Engine:
+        if (options.threads or 1) > MAX_THREADS:
+            raise OptionError(
+                f"tflite cannot take threads={options.threads}.",
+                f"More than {MAX_THREADS} may crash LiteRT, and with it the process.",
+                "Take as many as there are cores, or leave the option out.",
+                option="threads",
+                value=options.threads,
+            )
         return TFLiteEngine(file, device, options)
 
 
@@ -112,7 +123,7 @@ def _library() -> _Library:
     for name, path in LIBRARIES.items():
         try:
             module = importlib.import_module(path)
-            _try(module)
+            _try(module, quiet=name == "tflite-runtime")
         except ModuleNotFoundError as error:
             if error.name != path.partition(".")[0]:
                 failures.append(f"{name} lacks a module: {error}")
@@ -129,9 +140,8 @@ def _library() -> _Library:
     raise ModuleNotFoundError
 
 
-def _try(module: Any) -> None:
+def _try(module: Any, *, quiet: bool) -> None:
     # NumPy 2 writes a page to stderr when a library built for NumPy 1 asks for its C interface.
-    quiet = module.__name__ == LIBRARIES["tflite-runtime"]
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
         # Without XNNPACK, which would announce itself on stderr.
         resolver = module.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
@@ -152,7 +162,9 @@ class TFLiteEngine(Engine):
         self._file, self._settings = file, options
         # All interpreters read the weights from these bytes without copying them.
         self._content = file.read()
-        self._threads: int = options.threads or device.facts.get("usable_cpus", 1)
+        cores: int = device.facts.get("usable_cpus", 1)
+        self._threads = options.threads or cores
+        self.lanes = options.lanes or max(1, cores // self._threads)
         self.carries = file.stateful and options.carry_state
         # LiteRT resets variable tensors, but not variables that are resources.
         self.renews = file.stateful and "VAR_HANDLE" in file.op_counts
@@ -164,6 +176,7 @@ class TFLiteEngine(Engine):
             "library": self._library.name,
             "version": self._library.version,
             "threads": self._threads,
+            "lanes": self.lanes,
             "kernels": options.kernels,
             "delegated_parts": first.delegated_parts(),
             "carries_state": self.carries,
@@ -289,7 +302,7 @@ class _Lane:
                 remedy = "XNNPACK refuses empty arrays for many operators; kernels=builtin may not."
             raise BackendError(
                 f"tflite cannot run this network on {_listing(self._input_names, shapes)}.",
-                f"{type(error).__name__}: {error}.",
+                f"{type(error).__name__}: {str(error).strip().rstrip('.')}.",
                 remedy,
                 backend="tflite",
                 shapes=dict(zip(self._input_names, shapes, strict=True)),
@@ -372,7 +385,7 @@ class TFLiteSession(Session):
 
     def __init__(self, engine: TFLiteEngine) -> None:
         self._native = engine
-        self.lanes = 1 if engine.carries else engine._settings.lanes
+        self.lanes = 1 if engine.carries else engine.lanes
         self._pool = Pool(engine.lane, self.lanes)
 
     def _run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

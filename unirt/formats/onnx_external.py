@@ -60,7 +60,7 @@ class ExternalData:
         text = facts.get(key)
         if text is None:
             return None
-        if not re.fullmatch("[0-9]{1,18}", text):
+        if not re.fullmatch("[0-9]{1,19}", text):
             raise self._refuse(
                 f"has external data with {key} {text[:40]!r} for tensor {tensor!r}.",
                 f"The {key} must be a count of bytes.",

@@ -285,7 +285,7 @@ def _dtype_bits(number: int) -> int:
 
 
 def _constant(call: Call) -> Known:
-    attribute = next(iter(call.attributes.values()))
+    attribute = next(iter(call.attributes.values()), Attribute())
     match attribute.name:
         case "value" if attribute.t is not None:
             return _tensor(attribute.t)

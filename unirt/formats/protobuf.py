@@ -21,9 +21,9 @@ import numpy as np
 
 # Deeper nesting is refused, as by the official parsers.
 MAX_DEPTH: Final = 100
-# Each field may become a Python object, so this bounds memory and time. A graph of 10,000 nodes has
-# some 200,000 fields.
-MAX_FIELDS: Final = 8_000_000
+# Fields become Python objects, so this bounds memory and time. A field costs one, a message four; a
+# graph of 10,000 nodes costs some 350,000.
+MAX_COST: Final = 8_000_000
 # How many elements of a repeated number are kept: of use are only small ones, such as shapes.
 KEPT: Final = 1024
 
@@ -132,16 +132,17 @@ def decode(data: memoryview, message: M) -> M:
 class _Decoder:
     def __init__(self, data: memoryview) -> None:
         self.data = data
-        self.fields_left = MAX_FIELDS
+        self.cost_left = MAX_COST
 
     def message(self, message: Message, pos: int, end: int, depth: int) -> None:
         if depth == 0:
             raise WireError("messages are nested too deeply", pos)
         data, fields = self.data, message.FIELDS
+        self.cost_left -= 4
         while pos < end:
-            self.fields_left -= 1
-            if self.fields_left < 0:
-                raise WireError(f"there are more than {MAX_FIELDS:,} fields", pos)
+            self.cost_left -= 1
+            if self.cost_left < 0:
+                raise WireError("there are more parts than networks have", pos)
             start = pos
             tag = data[pos]
             pos += 1

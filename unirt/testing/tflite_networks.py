@@ -34,7 +34,7 @@ class Graph:
 
         self.schema: Any = schema_py_generated
         self.tensors: list[Any] = []
-        self.operators: list[tuple[int, Any]] = []
+        self.operators: list[tuple[str, Any]] = []
         # Index 0 means "no buffer" and must be empty.
         self.buffers: list[Array | None] = [None]
 
@@ -74,14 +74,17 @@ class Graph:
         options: str = "",
         **fields: object,
     ) -> None:
-        """One builtin operator, such as `ADD`, with its options table, such as `AddOptions`."""
+        """One operator, such as `ADD`, with its options table, such as `AddOptions`.
+
+        A name that is no builtin operator's becomes a custom one.
+        """
         operator = self.schema.OperatorT(
             inputs=np.array(inputs, np.int32), outputs=np.array(outputs, np.int32)
         )
         if options:
             operator.builtinOptionsType = getattr(self.schema.BuiltinOptions, options)
             operator.builtinOptions = getattr(self.schema, f"{options}T")(**fields)
-        self.operators.append((getattr(self.schema.BuiltinOperator, name), operator))
+        self.operators.append((name, operator))
 
     def write(
         self, inputs: Sequence[int], outputs: Sequence[int], *others: Graph, signature: bool = True
@@ -93,7 +96,7 @@ class Graph:
         import flatbuffers
 
         schema = self.schema
-        codes: list[int] = []
+        codes: list[str] = []
         buffers: list[Array | None] = [None]
         subgraphs = []
         for position, graph in enumerate((self, *others)):
@@ -101,10 +104,10 @@ class Graph:
                 if tensor.buffer:
                     buffers.append(graph.buffers[tensor.buffer])
                     tensor.buffer = len(buffers) - 1
-            for code, operator in graph.operators:
-                if code not in codes:
-                    codes.append(code)
-                operator.opcodeIndex = codes.index(code)
+            for name, operator in graph.operators:
+                if name not in codes:
+                    codes.append(name)
+                operator.opcodeIndex = codes.index(name)
             subgraphs.append(
                 schema.SubGraphT(
                     name=f"graph{position}".encode(),
@@ -116,12 +119,7 @@ class Graph:
             )
         model = schema.ModelT(
             version=3,
-            operatorCodes=[
-                schema.OperatorCodeT(
-                    builtinCode=code, deprecatedBuiltinCode=min(code, 127), version=1
-                )
-                for code in codes
-            ],
+            operatorCodes=[self._code(name) for name in codes],
             subgraphs=subgraphs,
             buffers=[schema.BufferT(data=data) for data in buffers],
             signatureDefs=[self._signature(inputs, outputs)] if signature else None,
@@ -129,6 +127,17 @@ class Graph:
         builder = flatbuffers.Builder(1024)
         builder.Finish(model.Pack(builder), b"TFL3")
         return bytes(builder.Output())
+
+    def _code(self, name: str) -> Any:
+        builtin = self.schema.BuiltinOperator
+        number = getattr(builtin, name, builtin.CUSTOM)
+        return self.schema.OperatorCodeT(
+            # The older field has one byte.
+            deprecatedBuiltinCode=min(number, 127),
+            builtinCode=number,
+            customCode=name if number == builtin.CUSTOM else None,
+            version=1,
+        )
 
     def _signature(self, inputs: Sequence[int], outputs: Sequence[int]) -> Any:
         def named(indices: Sequence[int]) -> list[Any]:
@@ -188,6 +197,14 @@ def _tiny() -> bytes:
     x, y = (graph.tensor(name, "int8", [None, 3]) for name in ("x", "y"))
     axis = graph.constant("axis", np.array([1], np.int32))
     graph.op("REVERSE_V2", [x, axis], [y])
+    return graph.write([x], [y])
+
+
+def _unknown() -> bytes:
+    """For the error that it gives: nothing implements its operator."""
+    graph = Graph()
+    x, y = (graph.tensor(name, "float32", [None, 3]) for name in ("x", "y"))
+    graph.op("NoSuchOperator", [x], [y])
     return graph.write([x], [y])
 
 
@@ -257,4 +274,5 @@ _NETWORKS = {
     "rows": lambda: _binary("MUL", "MulOptions", "float32", [3, 4], 2),
     "counter": _counter,
     "recurrent": _recurrent,
+    "unknown": _unknown,
 }
