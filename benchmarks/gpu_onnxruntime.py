@@ -56,7 +56,7 @@ def suite() -> dict[str, Any]:
     ]
     command += [
         "-k",
-        "CUDA and not without",
+        "TestOnnxRuntimeCUDA",
         str(ROOT / "tests" / "backends" / "test_onnxruntime.py"),
     ]
     environment = {**os.environ, "UNIRT_REQUIRE": "onnxruntime@cuda:0"}

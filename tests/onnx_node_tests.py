@@ -279,7 +279,7 @@ def summarize(engine: str, raw: Mapping[str, Result], unirt: Mapping[str, Result
             or (result.outcome in dead and raw[name].outcome not in dead)
         },
         gained=tuple(name for name in won if raw[name].outcome != "passed"),
-        typed_refusals=Counter(r.error for r in unirt.values() if r.typed),
+        typed_refusals=dict(Counter(r.error for r in unirt.values() if r.typed)),
         raw_not_passed=tuple(name for name in raw if raw[name].outcome != "passed"),
         raw_crashed=tuple(name for name in raw if raw[name].outcome in dead),
     )

@@ -44,6 +44,12 @@ def value(name: str, shape: Sequence[Any] | None = (2,), dtype: int = FLOAT) -> 
     return helper.make_tensor_value_info(name, dtype, shape)
 
 
+def node(op: str, *names: str, **attributes: Any) -> onnx.NodeProto:
+    """A node of some inputs and one output."""
+    *inputs, output = names
+    return helper.make_node(op, inputs, [output], **attributes)
+
+
 def weight(name: str = "w", data: Any = (1.0, 2.0)) -> onnx.TensorProto:
     return numpy_helper.from_array(np.asarray(data, np.float32), name)
 
@@ -90,7 +96,7 @@ def branches(then: onnx.GraphProto) -> onnx.NodeProto:
 
 
 def with_external(
-    folder: Path, location: str = "weights.bin", data: bytes | None = None, **entries: object
+    folder: Path, location: str = "weights.bin", data: bytes | None = None, **entries: Any
 ) -> Path:
     """`y = x + w` with `w` in another file."""
     if data is not None:
@@ -379,11 +385,7 @@ UNUSUAL = {
         functions=[function("F", [helper.make_node("Neg", ["a"], ["b"])])],
     ),
     "branches that use one name for two values": make(
-        [
-            branches(
-                helper.make_graph([helper.make_node("Neg", ["x"], ["n"])], "", [], [value("n")])
-            ),
-        ],
+        [branches(helper.make_graph([node("Neg", "x", "n")], "then", [], [value("n")]))],
         [value("x"), value("c", [], TensorProto.BOOL)],
     ),
 }
@@ -667,7 +669,7 @@ def test_external_data_in_a_pipe_or_folder_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_regions_outside_the_external_file_are_refused(
-    tmp_path: Path, entries: dict[str, object], word: str
+    tmp_path: Path, entries: dict[str, Any], word: str
 ) -> None:
     refused(with_external(tmp_path, data=GOOD, **entries), word)
 
@@ -806,11 +808,6 @@ HUGE = 2**36  # float32: 256 GiB
 SIDE = 2**18  # squared: HUGE
 
 
-def node(op: str, *names: str, **attributes: Any) -> onnx.NodeProto:
-    *inputs, output = names
-    return helper.make_node(op, inputs, [output], **attributes)
-
-
 def bomb(
     nodes: Sequence[onnx.NodeProto], *weights: onnx.TensorProto, **given: Any
 ) -> onnx.ModelProto:
@@ -841,7 +838,10 @@ BOMBS = {
     "Tile": bomb([node("Tile", "w", "s", "y")], weight("w", [1.0]), ints("s", HUGE)),
     "Range": bomb(
         [node("Range", "a", "b", "c", "y")],
-        *(numpy_helper.from_array(np.float32(v), n) for n, v in (("a", 0), ("b", 1e12), ("c", 1))),
+        *(
+            numpy_helper.from_array(np.array(v, np.float32), n)
+            for n, v in (("a", 0), ("b", 1e12), ("c", 1))
+        ),
     ),
     "Range of typed data": bomb(
         [node("Range", "a", "b", "c", "y")],
@@ -987,7 +987,7 @@ def test_a_small_file_of_a_great_many_parts_is_bounded() -> None:
     nodes = b"\x0a\x00" * 10_000_000
     data = b"\x08\x0a" + field(7, nodes)
     started = time.perf_counter()
-    refused(data, "fields")
+    refused(data, "more parts")
     assert time.perf_counter() - started < 60
 
 
@@ -1023,6 +1023,11 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.onnx")):
 # Damaged TFLite
 
 
+def put(*changes: tuple[Any, str, Any]) -> None:
+    for target, name, new in changes:
+        setattr(target, name, new)
+
+
 TFLITE_FLAWS: dict[str, tuple[str, Callable[[TFLite], object]]] = {
     "more elements than data": ("wrong amount", lambda t: setattr(t.w, "shape", [3])),
     "fewer elements than data": ("wrong amount", lambda t: setattr(t.w, "shape", [1])),
@@ -1042,11 +1047,11 @@ TFLITE_FLAWS: dict[str, tuple[str, Callable[[TFLite], object]]] = {
     "one output twice": ("'y' 2 times", lambda t: setattr(t.subgraph, "outputs", [2, 2])),
     "two inputs of one name": (
         "'x' 2 times",
-        lambda t: (setattr(t.y, "name", "x"), setattr(t.subgraph, "inputs", [0, 2])),
+        lambda t: put((t.y, "name", "x"), (t.subgraph, "inputs", [0, 2])),
     ),
     "data behind the end": (
         "buffer ends",
-        lambda t: (setattr(t.data, "offset", 2**40), setattr(t.data, "size", 8)),
+        lambda t: put((t.data, "offset", 2**40), (t.data, "size", 8)),
     ),
 }
 
@@ -1107,7 +1112,7 @@ def rich() -> onnx.ModelProto:
         ints("a", 0),
         typed(FLOAT, [2], float_data=[1, 2]),
         helper.make_tensor("b", INT64, [], [1]),
-        helper.make_tensor("text", TensorProto.STRING, [1], [b"abc"]),
+        onnx.TensorProto(name="text", data_type=TensorProto.STRING, dims=[1], string_data=[b"abc"]),
     ]
     inputs = [value("x", ["batch", 8]), value("c", [], TensorProto.BOOL)]
     outputs = [value("z", ["batch", 8]), value("o", None), value("r", [None])]
@@ -1193,7 +1198,12 @@ def test_the_hash_is_computed_once_for_all_threads(
     path.write_bytes(make(weights=[weight("w", np.ones(100_000))]).SerializeToString())
     model, calls = Model(path), []
     whole = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda *a: (calls.append(1), whole(*a))[1])
+
+    def counted(file: Any, digest: str) -> Any:
+        calls.append(digest)
+        return whole(file, digest)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
     hashes: list[str] = []
     threads = [threading.Thread(target=lambda: hashes.append(model.hash)) for _ in range(8)]
     for thread in threads:

@@ -222,8 +222,9 @@ class _Lane:
         self._engine = engine
         self._specs = engine._file.inputs, engine._file.outputs
         self._input_names = [spec.name for spec in engine._file.inputs]
-        # LiteRT takes and gives a byte for each element smaller than one.
-        self._narrow = any(spec.dtype in ("int4", "uint4") for spec in sum(self._specs, ()))
+        # Asking for the dtypes loads ml_dtypes, without which LiteRT fails on bfloat16.
+        dtypes = [spec.numpy_dtype.name for spec in (*engine._file.inputs, *engine._file.outputs)]
+        self._narrow = "int4" in dtypes
         self._start()
 
     def _start(self) -> None:
@@ -264,7 +265,7 @@ class _Lane:
         shapes = [value.shape for value in values]
         if shapes != self._shapes:
             self.allocate(shapes)
-        if self._narrow:
+        if self._narrow:  # LiteRT takes and gives a whole byte for each int4
             values = [value.astype(np.int8) if _is_narrow(value) else value for value in values]
         try:
             if self._engine.resets and not self._engine.carries:
@@ -361,7 +362,7 @@ class _Lane:
 
 
 def _is_narrow(value: Any) -> bool:
-    return value.dtype.itemsize == 1 and value.dtype.name in ("int4", "uint4")
+    return bool(value.dtype.name == "int4")
 
 
 def _listing(names: list[str], shapes: list[tuple[int, ...]]) -> str:

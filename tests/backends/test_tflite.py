@@ -29,7 +29,7 @@ class TestTFLite(BackendConformance):
 class TestTFLiteReferenceKernels(BackendConformance):
     options = {"kernels": "reference", "threads": 1, "lanes": 3}
     known_failures = {
-        "passes_nan_and_infinity_through": "TFLite's own kernels clamp infinity to the largest float"
+        "passes_nan_and_infinity_through": "TFLite's own kernels clamp infinity to a float"
     }
 
     @pytest.fixture(scope="class")

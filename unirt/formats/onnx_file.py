@@ -112,7 +112,7 @@ class _Reader:
             return decode(data, Model())
         except WireError as error:
             # Every ONNX writer starts with the IR version, a small number in field 1.
-            if error.cut_short and data[0] == 0x08 and len(data) > 1 and 0 < data[1] < 0x40:
+            if len(data) > 1 and data[0] == 0x08 and 0 < data[1] < 0x40:
                 raise self.refuse(
                     "is cut short or damaged.",
                     f"It starts like an ONNX model, but {error}.",

@@ -31,11 +31,10 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
 class WireError(ValueError):
-    """The bytes are not what they claim to be. `cut_short`: they end before a message does."""
+    """The bytes are not what they claim to be."""
 
-    def __init__(self, why: str, offset: int, *, cut_short: bool = False) -> None:
-        super().__init__(f"{why} at byte {offset}")
-        self.cut_short = cut_short
+    def __init__(self, why: str, offset: int) -> None:
+        super().__init__(f"{why} at byte {offset:,}")
 
 
 class Numbers:
@@ -123,7 +122,7 @@ def decode(data: memoryview, message: M) -> M:
     try:
         _Decoder(data).message(message, 0, len(data), MAX_DEPTH)
     except (IndexError, struct.error) as error:
-        raise WireError("a field runs past the end", len(data), cut_short=True) from error
+        raise WireError("a field runs past the end", len(data)) from error
     except UnicodeDecodeError as error:
         raise WireError(f"a name is not UTF-8 ({error.reason})", error.start) from error
     return message
@@ -157,9 +156,7 @@ class _Decoder:
                     size, pos = self.varint(pos - 1)
                 stop = pos + size
                 if stop > end:
-                    raise WireError(
-                        "a field runs past the end of its message", start, cut_short=True
-                    )
+                    raise WireError("a field runs past the end of its message", start)
                 if field is not None:
                     self.payload(message, field, pos, stop, depth)
                 pos = stop
@@ -178,7 +175,7 @@ class _Decoder:
             if tag < 8:
                 raise WireError("a field has number 0", start)
         if pos != end:
-            raise WireError("a field runs past the end of its message", end, cut_short=True)
+            raise WireError("a field runs past the end of its message", end)
 
     def varint(self, pos: int) -> tuple[int, int]:
         data, value, shift = self.data, 0, 0
@@ -240,7 +237,7 @@ class _Decoder:
         assert field.run is not None
         match = field.run.match(self.data, start, end)
         if match is None:
-            raise WireError("a number runs past the end of its message", start, cut_short=True)
+            raise WireError("a number runs past the end of its message", start)
         numbers, stop, data = _numbers(message, field.name), match.end(), self.data
         prefix = 1 if data[start] < 0x80 else 2
         if field.kind not in _FIXED:

@@ -36,7 +36,7 @@ from unirt.errors import (
     UnirtError,
 )
 from unirt.model import Model
-from unirt.testing.networks import NETWORKS, Network
+from unirt.testing.networks import NETWORKS, OTHER_FORMATS, Network
 from unirt.types import Availability, Candidate
 
 __all__ = ["NETWORKS", "BackendConformance", "Network"]
@@ -453,7 +453,7 @@ class BackendConformance:
         other = [name for name in ("onnx", "tflite") if name not in available.formats]
         for name in other:
             with pytest.raises(UnirtError, match=name):
-                available.compile(NETWORKS["affine"].model([name]), self.device)
+                available.compile(Model(OTHER_FORMATS[name]()), self.device)
 
     # How it is made
 
