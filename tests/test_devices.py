@@ -17,23 +17,18 @@ import psutil
 import pynvml
 import pytest
 
-from unirt.devices import (
+from unirt.devices import cpu as cpu_module
+from unirt.devices import host_devices, nvidia_status
+from unirt.devices.cpu import (
     CgroupLimits,
-    Gpu,
-    _cpu,
-    _nvml_failure,
     cgroup_limits,
     cpu_list,
-    cuda_order,
-    host_devices,
     in_container,
     linux_cpu,
     linux_processor,
     macos_processor,
-    nvidia_status,
-    nvidia_summary,
-    read_gpus,
 )
+from unirt.devices.nvidia import Gpu, _nvml_failure, cuda_order, nvidia_summary, read_gpus
 from unirt.types import Device
 
 GIB = 1 << 30
@@ -421,7 +416,7 @@ def test_the_cpu_is_read_in_50_ms() -> None:
     for _ in range(3):
         linux_processor.cache_clear()
         begin = time.perf_counter()
-        _cpu()
+        cpu_module.device()
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) < 0.05
 
@@ -464,7 +459,7 @@ def test_address_space_limit_of_a_process() -> None:
     limit = 6 * GIB
     program = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))\n"
     memory, facts = child(program + REPORT)
-    unlimited = _cpu().memory_bytes
+    unlimited = cpu_module.device().memory_bytes
     assert unlimited is not None
     assert memory == min(limit, unlimited)
     if unlimited > limit:
@@ -473,7 +468,8 @@ def test_address_space_limit_of_a_process() -> None:
 
 
 def test_nothing_heavy_is_imported_until_asked() -> None:
-    program = "import json, sys, unirt.devices\nprint(json.dumps(list(sys.modules)))"
+    program = "import unirt.devices.cpu, unirt.devices.nvidia\n"
+    program += "import json, sys\nprint(json.dumps(list(sys.modules)))"
     assert not {"psutil", "pynvml"} & set(child(program))
 
 
@@ -483,8 +479,7 @@ def test_an_unforeseen_failure_leaves_a_usable_cpu(
     def fail() -> int:
         raise ValueError("never seen before")
 
-    # Not by its dotted name: that is the function `unirt.devices`.
-    monkeypatch.setattr(sys.modules["unirt.devices"], "_address_space", fail)
+    monkeypatch.setattr(cpu_module, "_address_space", fail)
     cpu = host_devices()[0]
     assert cpu.facts["usable_cpus"] >= 1
     assert "only its cores are known" in caplog.text

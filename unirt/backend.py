@@ -20,10 +20,19 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from types import TracebackType
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, final, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Protocol,
+    Self,
+    TypeVar,
+    final,
+    runtime_checkable,
+)
 
 import numpy as np
 
@@ -39,6 +48,9 @@ from unirt.errors import (
 from unirt.model import Model, ModelFile, ModelSource
 from unirt.options import Options
 from unirt.types import Array, Availability, Candidate, Device, TensorSpec
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 T = TypeVar("T")
 
@@ -611,6 +623,8 @@ class Session(abc.ABC):
                 self._idle.set()
 
     def _workers(self) -> ThreadPoolExecutor:
+        from concurrent.futures import ThreadPoolExecutor
+
         with self._gate:
             if self._executor is None:
                 name = f"unirt-{self.engine.backend.name}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +17,6 @@ from unirt.options import Options
 from unirt.plugins import Plugin
 from unirt.selector import Facts, Selection, rank
 from unirt.types import Candidate, Device
-
-log = logging.getLogger("unirt")
 
 OptionValues = Mapping[str, object] | Options
 Candidates = str | Candidate | Sequence[str | Candidate]
@@ -169,7 +166,7 @@ def load(
             session = _open(model, one, _options_of(one, options))
         except (BackendError, BackendUnavailable) as error:
             attempts.append(Attempt(one, error))
-            log.warning("%s falls out: %s", one, error)
+            _warn("%s falls out: %s", one, error)
             continue
         attempts.append(Attempt(one))
         session.decision = Decision(one, how, tuple(attempts), selection)
@@ -181,6 +178,12 @@ def load(
         "Install one, for example pip install 'unirt[cpu]'; `unirt doctor` shows what is here.",
         reasons=reasons,
     )
+
+
+def _warn(text: str, *values: object) -> None:
+    import logging  # only a program with something to say pays for it
+
+    logging.getLogger("unirt").warning(text, *values)
 
 
 def _open(model: Model, candidate: Candidate, options: OptionValues | None) -> Session:

@@ -11,13 +11,16 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pluggy
 
 from unirt.backend import Backend
 from unirt.types import Availability
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "unirt.backends"
 hookspec = pluggy.HookspecMarker("unirt")
@@ -87,6 +90,8 @@ def _entries() -> tuple[Mapping[str, EntryPoint], tuple[Plugin, ...]]:
 
     Ours come first, then distributions by name, so that a stranger cannot take a built-in's place.
     """
+    from importlib.metadata import entry_points  # costs more than all of this module
+
     found = {(e.name, e.value, _distribution(e)): e for e in entry_points(group=GROUP)}
     order = sorted(found.values(), key=lambda e: (_distribution(e) != "unirt", _distribution(e)))
     chosen: dict[str, EntryPoint] = {}

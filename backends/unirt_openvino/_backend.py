@@ -58,12 +58,10 @@ DTYPES = {
 }
 PACKED = ("int4", "uint4", "float4_e2m1fn")  # two to a byte in OpenVINO, one in NumPy
 
-# Its plugins compute these in 32 bits and wrap or saturate what does not fit, without a word.
-NARROWED = {
-    "int64": ("int32", -(2**31), 2**31 - 1),
-    "uint64": ("int32", 0, 2**31 - 1),
-    "float64": ("float32", -float(np.finfo(np.float32).max), float(np.finfo(np.float32).max)),
-}
+# Its plugins compute these in 32 bits. Integers that do not fit would wrap; float64 loses digits,
+# and its infinities become the largest float32.
+NARROWED = {"int64": "int32", "uint64": "int32", "float64": "float32"}
+LIMITS = {"int64": (-(2**31), 2**31 - 1), "uint64": (0, 2**31 - 1)}
 
 # From here on lending an array's memory (10 us of calls) beats copying it. Measured.
 LENT_FROM_BYTES = 256 * 1024
@@ -446,12 +444,14 @@ def _facts(
         "requests": requests,
         "loaded_from_cache": read("LOADED_FROM_CACHE"),
         "computed_as": {
-            spec.dtype: NARROWED[spec.dtype][0]
+            spec.dtype: NARROWED[spec.dtype]
             for spec in (*file.inputs, *file.outputs)
             if spec.dtype in NARROWED
         },
         "unused_inputs": sorted({s.name for s in file.inputs} - {port.name for port in inputs}),
     }
+    if "float64" in {spec.dtype for spec in (*file.inputs, *file.outputs)}:
+        log.warning("openvino computes the float64 of this model as float32")
     for name in ("threads", "streams"):
         asked = getattr(options, name)
         if asked is not None and facts[name] is not None and facts[name] != asked:
@@ -602,7 +602,7 @@ class _Slot:
     def __init__(self, request: Any, port: _Port) -> None:
         self.name = port.name
         self._request, self._port = request, port
-        self._limits = NARROWED.get(port.spec.dtype)
+        self._limits = LIMITS.get(port.spec.dtype)
         self._shape: tuple[int, ...] | None = port.shape
         if port.shape is not None:
             self._own = request.get_input_tensor(port.index)
@@ -677,14 +677,14 @@ def _tensor(array: Array, port: _Port) -> Any:
     return openvino.Tensor(array, openvino.Shape(array.shape), port.element)
 
 
-def _check_range(array: Array, port: _Port, limits: tuple[str, float, float]) -> None:
-    narrow, low, high = limits
+def _check_range(array: Array, port: _Port, limits: tuple[int, int]) -> None:
+    low, high = limits
     if ((array < low) | (array > high)).any():
         raise InputError(
             f"Input {port.name!r} has values that openvino would change.",
-            f"It computes {port.spec.dtype} as {narrow}, and they do not fit: the least is "
+            f"It computes {port.spec.dtype} as int32, and they do not fit: the least is "
             f"{array.min()}, the largest {array.max()}.",
-            "Keep them in the range of that type, or use onnxruntime for this model.",
+            f"Keep them from {low} to {high}, or use onnxruntime for this model.",
             name=port.name,
         )
 

@@ -1,4 +1,5 @@
 import pytest
+
 from unirt.testing import BackendConformance
 
 
@@ -8,4 +9,5 @@ class TestOpenVINO(BackendConformance):
     @pytest.fixture(scope="class")
     def backend(self):
         from unirt_openvino import unirt_backend
+
         return unirt_backend()

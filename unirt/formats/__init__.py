@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from unirt.formats import onnx_file, tflite_file
 from unirt.formats.content import Content, find, too_large
-from unirt.formats.model_file import ModelFile, Reader, refusal
+from unirt.formats.model_file import ModelFile, refusal
 
 __all__ = ["DEFAULT_MAX_BYTES", "FORMATS", "ModelFile", "open_model_file"]
 
 DEFAULT_MAX_BYTES: Final = 32 * 2**30
 
 # Formats by name, which is also the ending that files usually have.
-FORMATS: Final[Mapping[str, Reader]] = {"onnx": onnx_file.read, "tflite": tflite_file.read}
+FORMATS: Final = ("onnx", "tflite")
+
+_TFLITE_MARK: Final = b"TFL3"  # the file identifier, at byte 4
 
 # Things that are given by mistake: how they start, what they are, what to do.
 _STRANGERS: Final = (
@@ -50,7 +50,7 @@ def open_model_file(source: Path | bytes, max_bytes: int) -> ModelFile:
     refuse = refusal(content)
     if not head:
         raise refuse("is empty.", "There are no bytes in it.", "Fetch or export the model again.")
-    tflite = head[4:8] == tflite_file.MARK
+    tflite = head[4:8] == _TFLITE_MARK
     if head[4:8] == b"ORTM":
         raise refuse(
             "is in ONNX Runtime's own format.",
@@ -60,9 +60,12 @@ def open_model_file(source: Path | bytes, max_bytes: int) -> ModelFile:
     for start, what, remedy in _STRANGERS:
         if head.lstrip().startswith(start) and not tflite:
             raise refuse("is not a model that UniRT reads.", f"It is {what}.", remedy)
-    reader = FORMATS["tflite" if tflite else "onnx"]
+    # A reader is imported with the first model of its format, not with the package.
+    from unirt.formats import onnx_file, tflite_file
+
+    read = tflite_file.read if tflite else onnx_file.read
     try:
-        return reader(content, max_bytes)
+        return read(content, max_bytes)
     except RecursionError as error:
         raise refuse(
             "is nested too deeply.",

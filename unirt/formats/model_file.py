@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -84,6 +84,3 @@ def refusal(content: Content) -> Refusal:
         return ModelError(f"{label} {what}", why, remedy, path=content.path, **facts)
 
     return refuse
-
-
-Reader = Callable[[Content, int], ModelFile]

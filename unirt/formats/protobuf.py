@@ -23,7 +23,7 @@ import numpy as np
 MAX_DEPTH: Final = 100
 # Fields become Python objects, so this bounds memory and time. A field costs one, a message four; a
 # graph of 10,000 nodes costs some 350,000.
-MAX_COST: Final = 8_000_000
+MAX_COST: Final = 5_000_000
 # How many elements of a repeated number are kept: of use are only small ones, such as shapes.
 KEPT: Final = 1024
 

@@ -12,8 +12,6 @@ from unirt.formats.flatbuffer import FlatBuffer, FlatBufferError, Table
 from unirt.formats.model_file import ModelFile, frozen, refusal
 from unirt.types import TensorSpec
 
-MARK: Final = b"TFL3"  # the file identifier, at byte 4
-
 # Element types in the order of their numbers, with their bits; 0 where a shape tells no size.
 _TYPES: Final = (
     *(("float32", 32), ("float16", 16), ("int32", 32), ("uint8", 8), ("int64", 64), ("string", 0)),

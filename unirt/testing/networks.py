@@ -113,23 +113,6 @@ NETWORKS = {
 }
 
 
-# The affine network as tflite_networks writes it, for suites that run without ai-edge-litert.
-_AFFINE_TFLITE = (
-    "c-nQ6Jx;?w5QU%ZBv^?RtjM4gJ^&>WEfN%nijsm3A}}FRl%NnGbQGL`nu3CYlTdL24nV~LXkeL{owXMWR(i5"
-    "`cfR@E9KinW-bRK#GNedoAA?te_7L5XURfa!(KjHaV$&8PCfhdcn9WI>q-D}YF}oT~hKDD`>ELoa7tZ>(495"
-    "v2lJ$9`U*5kMW8C=yHtr5-P4D0JK9M|bw<@*7cT4T;J+_@bzKjX9E}&ah%}iI%xrRs56X_WcU&Gnp{A}Ikd+"
-    "-O}@pxLDRR1~F(YK8ms$7lCXVS}xw|&J*qW=%dIv%KI;C%6Fl0G%(vG$5%yiuRnEK&PJ`RSw(HWGSOs(|#tt"
-    "tC2@C2Zia^XqBJ-h2MJmcGWJV-tCEb-6}5Tc62mOjBZvj*A*s<yp>^^8KCXe>p5_zCw)~OP?D0R(KBf?X$0*"
-    "_1pUa=4wiu"
-)
-
-OTHER_FORMATS: dict[str, Callable[[], bytes]] = {
-    "onnx": lambda: onnx_bytes("affine"),
-    "tflite": lambda: zlib.decompress(base64.b85decode(_AFFINE_TFLITE)),
-}
-"""A model in each format, for engines that must refuse it."""
-
-
 @cache
 def onnx_bytes(name: str) -> bytes:
     """The named network as the bytes of an .onnx file. Needs the onnx package."""
@@ -204,3 +187,20 @@ def onnx_bytes(name: str) -> bytes:
         graph, ir_version=IR_VERSION, opset_imports=[helper.make_opsetid("", OPSET)]
     )
     return bytes(model.SerializeToString())
+
+
+# The affine network as tflite_networks writes it, for suites that run without ai-edge-litert.
+_AFFINE_TFLITE = (
+    "c-nQ6Jx;?w5QU%ZBv^?RtjM4gJ^&>WEfN%nijsm3A}}FRl%NnGbQGL`nu3CYlTdL24nV~LXkeL{owXMWR(i5"
+    "`cfR@E9KinW-bRK#GNedoAA?te_7L5XURfa!(KjHaV$&8PCfhdcn9WI>q-D}YF}oT~hKDD`>ELoa7tZ>(495"
+    "v2lJ$9`U*5kMW8C=yHtr5-P4D0JK9M|bw<@*7cT4T;J+_@bzKjX9E}&ah%}iI%xrRs56X_WcU&Gnp{A}Ikd+"
+    "-O}@pxLDRR1~F(YK8ms$7lCXVS}xw|&J*qW=%dIv%KI;C%6Fl0G%(vG$5%yiuRnEK&PJ`RSw(HWGSOs(|#tt"
+    "tC2@C2Zia^XqBJ-h2MJmcGWJV-tCEb-6}5Tc62mOjBZvj*A*s<yp>^^8KCXe>p5_zCw)~OP?D0R(KBf?X$0*"
+    "_1pUa=4wiu"
+)
+
+OTHER_FORMATS: dict[str, Callable[[], bytes]] = {
+    "onnx": lambda: onnx_bytes("affine"),
+    "tflite": lambda: zlib.decompress(base64.b85decode(_AFFINE_TFLITE)),
+}
+"""A model in each format, for engines that must refuse it."""
