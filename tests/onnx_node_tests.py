@@ -169,7 +169,12 @@ def attempt(case: Case, engine: str, way: str) -> Result:
         return Result("refused", type(error).__name__, _typed(error), str(error)[:500])
     for (_, expected), found in zip(case.data_sets, answers, strict=True):
         try:
-            Runner.assert_similar_outputs(expected, found, case.rtol, case.atol)
+            for wanted, value in zip(expected, found, strict=True):
+                # The items of a sequence are compared as outputs are; left to itself, `Runner`
+                # goes down to their rows, which scalars do not have.
+                listed = isinstance(wanted, list) and isinstance(value, list)
+                sides = (wanted, value) if listed else ([wanted], [value])
+                Runner.assert_similar_outputs(*sides, case.rtol, case.atol)
         except Exception as error:  # noqa: BLE001 - values of odd types make it fail in odd ways
             return Result("differs", text=" ".join(str(error).split())[:500])
     return Result("passed")
@@ -231,9 +236,30 @@ class Worker:
 def run_all(cases: list[Case], engine: str, way: str) -> dict[str, Result]:
     worker = Worker(engine, way)
     try:
-        return {case.name: worker.run(case) for case in cases}
+        results: dict[str, Result] = {}
+        for case in cases:
+            result = worker.run(case)
+            # Of several tries, one that fails counts.
+            if case.name not in results or results[case.name].outcome == "passed":
+                results[case.name] = result
+        return results
     finally:
         worker.close()
+
+
+def settle(
+    cases: list[Case], engine: str, raw: dict[str, Result], unirt: Mapping[str, Result]
+) -> None:
+    """Looks at what seems lost once more: an engine that draws at random, or reads memory it never
+    wrote, may pass by luck. Only raw gets the second try, so nothing is forgiven to UniRT.
+    """
+    lost = [
+        case
+        for case in cases
+        if raw[case.name].outcome == "passed" and unirt[case.name].outcome != "passed"
+    ]
+    again = run_all(lost * 3, engine, "raw")
+    raw.update({name: result for name, result in again.items() if result.outcome != "passed"})
 
 
 # Judgement
@@ -340,6 +366,8 @@ def main(arguments: list[str] | None = None) -> int:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = {job: pool.submit(run_all, cases, *job) for job in reversed(jobs)}
         results = {job: future.result() for job, future in futures.items()}
+    for engine in engines:
+        settle(cases, engine, results[engine, "raw"], results[engine, "unirt"])
     summaries = [
         summarize(engine, results[engine, "raw"], results[engine, "unirt"]) for engine in engines
     ]

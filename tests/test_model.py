@@ -30,6 +30,8 @@ from unirt.formats import DEFAULT_MAX_BYTES
 from unirt.formats.onnx_proto import Model as OnnxMessage
 from unirt.formats.protobuf import WireError, decode
 from unirt.model import Model
+from unirt.testing.networks import onnx_bytes
+from unirt.testing.tflite_networks import tflite_network
 from unirt.types import TensorSpec
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -1340,3 +1342,20 @@ def test_ten_thousand_nodes_open_in_about_half_a_second() -> None:
 
 def test_the_default_limit_is_32_gib() -> None:
     assert DEFAULT_MAX_BYTES == 32 * GIB
+
+
+def test_formats_whose_names_differ_are_refused_where_outputs_could_be_swapped() -> None:
+    tflite = tflite_network("pair")
+    assert tflite is not None
+    renamed = tflite.replace(b"total", b"tot_l")
+    assert list(Model(onnx=onnx_bytes("pair"), tflite=tflite).formats) == ["onnx", "tflite"]
+    with pytest.raises(ModelError, match="could be taken for each other"):
+        Model(onnx=onnx_bytes("pair"), tflite=renamed)
+
+
+def test_a_single_tensor_of_another_name_is_matched_by_position() -> None:
+    tflite = tflite_network("affine")
+    assert tflite is not None
+    renamed = tflite.replace(b"\x01\x00\x00\x00y", b"\x01\x00\x00\x00z")
+    both = Model(onnx=onnx_bytes("affine"), tflite=renamed)
+    assert both.output_names(both.formats["tflite"]) == {"y": "z"}

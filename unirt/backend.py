@@ -506,6 +506,11 @@ class Session(abc.ABC):
             with serial:
                 produced = self._run(inputs)
             for name, buffer in outputs.items():
+                if produced[name].shape != buffer.shape:
+                    raise ValueError(
+                        f"output {name!r} is {describe(produced[name])} now, which the bound "
+                        f"buffer of {describe(buffer)} cannot hold"
+                    )
                 np.copyto(buffer, produced[name], casting="no")
 
         return step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Protocol, TypeAlias
@@ -224,6 +225,14 @@ def _matched(primary: ModelFile, other: ModelFile, what: str) -> Mapping[str, st
     by_name = {spec.name: spec for spec in theirs}
     if by_name.keys() == {spec.name for spec in ours}:
         theirs = tuple(by_name[spec.name] for spec in ours)
+    elif twins := _exchangeable(ours, what):
+        raise _disagreement(
+            primary,
+            other,
+            f"the {what} are named differently ({', '.join(by_name)}), and "
+            f"{' and '.join(map(repr, twins))} could be taken for each other",
+            tensor=twins[0],
+        )
     for our, their in zip(ours, theirs, strict=True):
         # TFLite files may declare wrong output shapes; engines find the right ones.
         agree = what == "outputs" or _shapes_agree(our.shape, their.shape)
@@ -235,6 +244,15 @@ def _matched(primary: ModelFile, other: ModelFile, what: str) -> Mapping[str, st
                 tensor=our.name,
             )
     return MappingProxyType({our.name: their.name for our, their in zip(ours, theirs, strict=True)})
+
+
+def _exchangeable(specs: tuple[TensorSpec, ...], what: str) -> tuple[str, str] | None:
+    """Two tensors that only a name could tell apart: by position they might be swapped unseen."""
+    for one, other in combinations(specs, 2):
+        alike = what == "outputs" or _shapes_agree(one.shape, other.shape)
+        if alike and _dtypes_agree(one.dtype, other.dtype):
+            return one.name, other.name
+    return None
 
 
 def _dtypes_agree(ours: str, theirs: str) -> bool:
