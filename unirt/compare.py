@@ -1,0 +1,620 @@
+"""Runs one model on several candidates side by side: how fast, how right, and which one wins."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from unirt import plugins
+from unirt.accuracy import (
+    ErrorMeter,
+    OutputError,
+    classification_output,
+    json_number,
+    mismatch,
+    top1,
+)
+from unirt.backend import Session
+from unirt.data import DataSource, Samples, Shapes, load_samples, random_samples
+from unirt.devices import host_devices
+from unirt.errors import DataError, OptionError, UnirtError
+from unirt.loading import Candidates, build, select
+from unirt.measure import Timing, measure, measure_throughput
+from unirt.model import Model, ModelSource
+from unirt.options import Options
+from unirt.types import Array, Candidate
+
+Progress: TypeAlias = Callable[[str, float], None]
+"""Told what is being done, and the share of it that is, 0 to 1."""
+
+JUDGED_ROWS = 64
+"""Samples a call while judging answers, where the batch is free."""
+
+TIMED_FEEDS = 16
+"""How many different inputs the timed calls go through."""
+
+NOISE = 0.15
+"""Below this lead, two engines on a machine that does other things too count as equally fast."""
+
+LATENCY_SHARE = 0.75
+
+# Up to here the NumPy evaluator answers in fractions of a second: weights, elements of one sample,
+# operators, and samples.
+ORACLE_LIMITS = (1_000_000, 50_000, 1_000, 5_000)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One candidate of a comparison. What was not measured is None, never a guess.
+
+    `throughput` is in samples per second, from `Session.map` with several calls in flight; `ratio`
+    is its median latency over the fastest one's of all that were timed. `task_accuracy` is top-1,
+    0 to 1. `excluded` says why it cannot win, and `error` is the exception behind that, if any.
+    """
+
+    candidate: Candidate
+    version: str = ""
+    device: str = ""
+    latency: Timing | None = None
+    throughput: float | None = None
+    ratio: float | None = None
+    errors: tuple[OutputError, ...] = ()
+    is_reference: bool = False
+    task_accuracy: float | None = None
+    build_seconds: float | None = None
+    excluded: str = ""
+    hint: str = ""
+    error: UnirtError | None = None
+
+    @property
+    def output_error(self) -> float | None:
+        """The largest error of any output against the reference; see `OutputError.error`."""
+        return max((output.error for output in self.errors), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "candidate": str(self.candidate),
+            "version": self.version or None,
+            "device": self.device or None,
+            "eligible": not self.excluded,
+            "excluded": self.excluded or None,
+            "hint": self.hint or None,
+            "error_type": type(self.error).__name__ if self.error else None,
+            "latency": self.latency.to_dict() if self.latency else None,
+            "ratio_to_fastest": self.ratio,
+            "throughput_per_second": self.throughput,
+            "output_error": json_number(self.output_error),
+            "outputs": [output.to_dict() for output in self.errors],
+            "is_reference": self.is_reference,
+            "task_accuracy": self.task_accuracy,
+            "build_seconds": self.build_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found, with the evidence. `rows` stand fastest first, those that are out last.
+
+    `winner` is the fastest of the eligible ones, None if there is none; `why` says so in a
+    sentence. `batch` is how many samples a timed call held.
+    """
+
+    model: str
+    model_hash: str
+    machine: Mapping[str, Any]
+    data: str
+    batch: int
+    seconds: float
+    max_error: float
+    reference: Candidate | None
+    rows: tuple[Result, ...]
+    winner: Candidate | None
+    why: str
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "model_hash": self.model_hash,
+            "machine": dict(self.machine),
+            "data": self.data,
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "max_error": json_number(self.max_error),
+            "reference": str(self.reference) if self.reference else None,
+            "candidates": [row.to_dict() for row in self.rows],
+            "winner": str(self.winner) if self.winner else None,
+            "why": self.why,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}, {self.data}"]
+        for row in self.rows:
+            told = []
+            if row.latency:
+                told.append(f"median {row.latency.median * 1e3:.4g} ms")
+                told.append(f"p95 {row.latency.p95 * 1e3:.4g} ms")
+            if row.throughput is not None:
+                told.append(f"{row.throughput:,.0f} samples/s")
+            if row.is_reference:
+                told.append("the reference")
+            elif row.output_error is not None:
+                told.append(f"error {row.output_error:.1e}")
+            if row.task_accuracy is not None:
+                told.append(f"accuracy {row.task_accuracy:.2%}")
+            if row.excluded:
+                told.append(f"out: {row.excluded}")
+            lines.append(f"  {row.candidate!s:24} {', '.join(told)}")
+        return "\n".join([*lines, f"winner: {self.winner or 'none'}: {self.why}"])
+
+
+@dataclass(eq=False)
+class _Entrant:
+    """A candidate while it is being compared."""
+
+    candidate: Candidate
+    version: str = ""
+    session: Session | None = None
+    meter: ErrorMeter = field(default_factory=ErrorMeter)
+    hits: int = 0
+    asked: int = 0
+    latency: Timing | None = None
+    calls_per_second: float | None = None
+    build_seconds: float | None = None
+    excluded: str = ""
+    hint: str = ""
+    error: UnirtError | None = None
+
+    def fail(self, error: UnirtError) -> None:
+        self.error, self.hint = error, error.remedy
+        self.excluded = " ".join(filter(None, (error.what, error.why)))
+
+
+def compare(
+    model: Model | ModelSource,
+    candidates: Candidates | None = None,
+    data: DataSource | None = None,
+    *,
+    reference: str | Candidate | None = None,
+    max_error: float = 1e-2,
+    batch: int | None = None,
+    seconds: float = 3.0,
+    seed: int = 0,
+    shapes: Shapes | None = None,
+    options: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """The model on each candidate: latency, throughput, error, task accuracy, and the winner.
+
+    Without `candidates`, all that `select` finds usable, and why the others are out; otherwise
+    these, and one that fails keeps its error as the reason while the others go on. `data` is a .npz
+    file or a mapping, see `unirt.data.load_samples`; without it inputs are random, by `seed` and
+    `shapes`. `options` maps backend names to options.
+
+    All engines are open at once and take turns, for about `seconds` each, three quarters of them
+    for latency. A call holds `batch` samples (default: 1, or what the model fixes). Answers are
+    judged on every sample. Where no batch is named and the model's is free, up to 64 go into one
+    call then, unless some answer is off: then they are judged as they are timed.
+
+    Errors are against `reference`: by default the `reference` backend if it is here and the model
+    small, else onnxruntime@cpu, else the first candidate that runs. Whoever is further off than
+    `max_error` (see `OutputError.error`) is measured, but cannot win.
+
+    Raises ModelError, DataError, CandidateError, OptionError; and what a named reference raises.
+    """
+    model = Model.open(model)
+    _check_arguments(max_error, batch, seconds, seed)
+    named_reference = None if reference is None else Candidate.parse(reference)
+    entrants = _entrants(model, candidates)
+    _check_options(entrants, named_reference, options)
+    tell = progress or (lambda _what, _share: None)
+    if data is None:
+        samples = random_samples(
+            model.inputs, calls=TIMED_FEEDS, seed=seed, batch=batch, shapes=shapes
+        )
+    else:
+        samples = load_samples(model.inputs, data)
+    size = samples.call_size(batch)
+    notes = list[str]()
+    with ExitStack() as stack:
+        _open(model, entrants, options, stack, tell)
+        judge = None
+        if any(entrant.session for entrant in entrants):
+            judges = _judges(model, samples, entrants, named_reference, options, stack, notes)
+            judge = _judge(entrants, judges, samples, size, batch, max_error, notes, tell)
+            _time(entrants, samples, size, seconds, seed, tell)
+        rows = _rows(entrants, judge, samples.rows * size, max_error)
+    winner, why = _verdict(rows, judge.candidate if judge else None, max_error)
+    return Comparison(
+        model=model.name,
+        model_hash=model.hash,
+        machine=machine(),
+        data=samples.description,
+        batch=samples.rows * size,
+        seconds=seconds,
+        max_error=max_error,
+        reference=judge.candidate if judge else None,
+        rows=rows,
+        winner=winner,
+        why=why,
+        notes=tuple(notes),
+    )
+
+
+def machine() -> dict[str, Any]:
+    """The facts about this machine without which a latency means nothing. JSON-able."""
+    cpu, *gpus = host_devices()
+    return {
+        "cpu": cpu.name,
+        "physical_cores": cpu.facts.get("usable_physical_cores"),
+        "logical_cores": cpu.facts.get("usable_logical_cores"),
+        "cpu_quota": cpu.facts.get("cpu_quota"),
+        "memory_bytes": cpu.memory_bytes,
+        "instruction_sets": list(cpu.facts.get("instruction_sets", ())),
+        "gpus": [gpu.name for gpu in gpus],
+        "driver": next((gpu.facts.get("driver") for gpu in gpus), None),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "unirt": version("unirt"),
+    }
+
+
+def _check_arguments(max_error: float, batch: int | None, seconds: float, seed: int) -> None:
+    for name, value, fits, expected in (
+        ("max_error", max_error, max_error >= 0, "a number from 0"),
+        ("batch", batch, batch is None or batch >= 1, "a whole number from 1"),
+        ("seconds", seconds, 0 < seconds < math.inf, "a number above 0"),
+        ("seed", seed, seed >= 0, "a whole number from 0"),
+    ):
+        if not fits:
+            raise OptionError(
+                f"A comparison cannot have {name}={value!r}.",
+                f"It is {expected}.",
+                "Change it or leave it out.",
+                option=name,
+                value=value,
+            )
+
+
+def _entrants(model: Model, candidates: Candidates | None) -> list[_Entrant]:
+    selection = select(model, candidates)
+    entrants: dict[str, _Entrant] = {}
+    for row in selection.rows:
+        candidate, facts = row.candidate, row.facts
+        if facts is not None and facts.device is not None:
+            candidate = replace(candidate, device=str(facts.device))
+        entrant = _Entrant(candidate, facts.version if facts else "")
+        if candidates is None:
+            entrant.excluded, entrant.hint = row.excluded, row.hint
+        entrants.setdefault(str(candidate), entrant)
+    return list(entrants.values())
+
+
+def _check_options(
+    entrants: Sequence[_Entrant], reference: Candidate | None, options: Mapping[str, object] | None
+) -> None:
+    """A wrong option is the caller's mistake, not one candidate's failure."""
+    taking_part = {entrant.candidate.backend for entrant in entrants}
+    taking_part |= {reference.backend} if reference else set()
+    for name, values in (options or {}).items():
+        if name not in taking_part or not isinstance(values, Mapping | Options):
+            raise OptionError(
+                f"There are options for {name!r}.",
+                f"These backends take part: {', '.join(sorted(taking_part)) or 'none'}; each takes "
+                "a mapping.",
+                "Pass options={'onnxruntime': {'threads': 4}}, or -o onnxruntime.threads=4.",
+                option=name,
+            )
+        plugin = plugins.plugin(name)
+        if plugin is not None and plugin.backend is not None:
+            plugin.backend.options.parse(values, owner=name)
+
+
+def _open(
+    model: Model,
+    entrants: Sequence[_Entrant],
+    options: Mapping[str, object] | None,
+    stack: ExitStack,
+    tell: Progress,
+) -> None:
+    for done, entrant in enumerate(entrants):
+        if entrant.excluded:
+            continue
+        tell(f"building {entrant.candidate}", done / len(entrants))
+        try:
+            entrant.session = _session(model, entrant.candidate, options, stack)
+        except UnirtError as error:
+            entrant.fail(error)
+        else:
+            entrant.build_seconds = entrant.session.engine.build_seconds
+
+
+def _session(
+    model: Model, candidate: Candidate, options: Mapping[str, object] | None, stack: ExitStack
+) -> Session:
+    chosen: Any = (options or {}).get(candidate.backend)
+    engine = stack.enter_context(build(model, candidate, options=chosen))
+    return engine.session()
+
+
+# --- how right -----------------------------------------------------------------------------------
+
+
+def oracle_suits(model: Model, samples: Samples) -> bool:
+    """Whether the `reference` backend answers for this model and data in reasonable time."""
+    feed = samples.feeds(samples.call_size(None), 1)[0]
+    sizes = (
+        model.parameters,
+        sum(value.size for value in feed.values()),
+        sum(model.primary.op_counts.values()),
+        samples.count,
+    )
+    return all(size <= limit for size, limit in zip(sizes, ORACLE_LIMITS, strict=True))
+
+
+def _judges(
+    model: Model,
+    samples: Samples,
+    entrants: Sequence[_Entrant],
+    named: Candidate | None,
+    options: Mapping[str, object] | None,
+    stack: ExitStack,
+    notes: list[str],
+) -> Iterator[_Entrant]:
+    """Those who may be the reference, the most trusted first; a named one alone, or its error."""
+    suits = oracle_suits(model, samples)
+    if not suits and named is None:
+        notes.append("too large for the NumPy oracle to be the reference")
+    trusted = [Candidate("reference")] if suits else []
+    trusted.append(Candidate("onnxruntime", "cpu"))
+    for wanted in [named] if named else trusted:
+        there = next((e for e in entrants if _same(e.candidate, wanted)), None)
+        if there and (there.session or named is None):
+            if there.session:
+                yield there
+            continue
+        plugin = plugins.plugin(wanted.backend)
+        if named is None and (plugin is None or not plugin.availability.available):
+            continue
+        try:
+            session = _session(model, wanted, options, stack)
+        except UnirtError as error:
+            if named:
+                raise
+            notes.append(f"{wanted} cannot be the reference: {error.what} {error.why}")
+            continue
+        yield _Entrant(session.engine.candidate, session=session)
+    if named is None:
+        yield from [entrant for entrant in entrants if entrant.session]
+
+
+def _same(candidate: Candidate, wanted: Candidate) -> bool:
+    return candidate.backend == wanted.backend and wanted.device in (None, candidate.device)
+
+
+def _judge(
+    entrants: Sequence[_Entrant],
+    judges: Iterator[_Entrant],
+    samples: Samples,
+    size: int,
+    batch: int | None,
+    max_error: float,
+    notes: list[str],
+    tell: Progress,
+) -> _Entrant | None:
+    """Meters every entrant's errors and hits against the first judge that answers; returns it."""
+    larger = size
+    if batch is None and not samples.stacked and samples.fixed_batch is None:
+        elements = sum(value.size // samples.count for value in samples.inputs.values())
+        larger = max(1, min(JUDGED_ROWS, samples.count, 2**24 // max(1, elements)))
+    for judge in judges:
+        failed: dict[_Entrant, UnirtError | str] = {}
+        for rows in dict.fromkeys((larger, size)):
+            try:
+                failed = _judged_by(judge, entrants, samples, rows, tell)
+            except DataError:
+                if rows == size:
+                    raise
+                continue
+            if judge in failed:
+                continue
+            clean = not failed and all(
+                output.error <= max_error for e in entrants for output in e.meter.result()
+            )
+            if rows == size or clean:
+                _drop(failed)
+                if rows != size:
+                    notes.append(
+                        f"answers are judged {rows} samples a call, and timed {size} a call"
+                    )
+                return judge
+        if judge not in entrants:
+            notes.append(f"{judge.candidate} cannot be the reference: {failed[judge]}")
+        _drop({judge: failed[judge]})
+    return None
+
+
+def _drop(failed: Mapping[_Entrant, UnirtError | str]) -> None:
+    for entrant, reason in failed.items():
+        entrant.session = None
+        if isinstance(reason, UnirtError):
+            entrant.fail(reason)
+        else:
+            entrant.excluded = reason
+
+
+def _judged_by(
+    judge: _Entrant, entrants: Sequence[_Entrant], samples: Samples, rows: int, tell: Progress
+) -> dict[_Entrant, UnirtError | str]:
+    """Runs every sample through all; the failed ones with their reasons. Raises DataError."""
+    failed: dict[_Entrant, UnirtError | str] = {}
+    running = [entrant for entrant in entrants if entrant.session]
+    for entrant in running:
+        entrant.meter, entrant.hits, entrant.asked = ErrorMeter(), 0, 0
+    classifier = ""
+    done = 0
+    for batch in samples.batches(rows):
+        tell("judging answers", done / samples.count)
+        assert judge.session is not None
+        try:
+            expected = judge.session.run(batch.inputs)
+        except UnirtError as error:
+            return {judge: error}
+        if batch.labels is not None and not classifier:
+            classifier = classification_output(expected, _all_like(samples, batch.labels))
+        for entrant in running:
+            if entrant in failed or entrant.session is None:
+                continue
+            try:
+                outputs = expected if entrant is judge else entrant.session.run(batch.inputs)
+            except UnirtError as error:
+                failed[entrant] = error
+                continue
+            reason = mismatch(outputs, expected)
+            if reason:
+                failed[entrant] = reason
+                continue
+            entrant.meter.add(outputs, expected)
+            if batch.labels is not None:
+                right = np.atleast_1d(top1(outputs[classifier], batch.labels))
+                counted = right if samples.stacked else right[: batch.count]
+                entrant.hits += int(counted.sum())
+                entrant.asked += counted.size
+        done += batch.count
+    return failed
+
+
+def _all_like(samples: Samples, labels: Array) -> Array:
+    """Labels of one call's shape whose largest is that of all: a bad one shows at once."""
+    assert samples.labels is not None
+    return np.full_like(labels, samples.labels.max())
+
+
+# --- how fast ------------------------------------------------------------------------------------
+
+
+def _time(
+    entrants: Sequence[_Entrant],
+    samples: Samples,
+    size: int,
+    seconds: float,
+    seed: int,
+    tell: Progress,
+) -> None:
+    running = {str(e.candidate): e for e in entrants if e.session}
+    sessions = {name: e.session for name, e in running.items() if e.session}
+    if not sessions:
+        return
+    feeds = samples.feeds(size, TIMED_FEEDS)
+    latencies = measure(
+        {name: session.run for name, session in sessions.items()},
+        feeds,
+        seconds=seconds * LATENCY_SHARE,
+        seed=seed,
+        progress=lambda share: tell("timing calls", share),
+    )
+    throughputs = measure_throughput(
+        {n: session.map for n, session in sessions.items() if n not in latencies.failures},
+        feeds,
+        seconds=seconds * (1 - LATENCY_SHARE),
+        seed=seed,
+        progress=lambda share: tell("timing streams", share),
+    )
+    for name, error in {**latencies.failures, **throughputs.failures}.items():
+        running[name].fail(error)
+    for name, entrant in running.items():
+        entrant.latency = latencies.timings.get(name)
+        entrant.calls_per_second = throughputs.calls_per_second.get(name)
+
+
+# --- who wins ------------------------------------------------------------------------------------
+
+
+def _rows(
+    entrants: Sequence[_Entrant], judge: _Entrant | None, rows_per_call: int, max_error: float
+) -> tuple[Result, ...]:
+    fastest = min((e.latency.median for e in entrants if e.latency), default=0.0)
+    rows = []
+    for entrant in entrants:
+        errors = entrant.meter.result() if entrant.session else ()
+        excluded = entrant.excluded
+        worst = max(errors, key=lambda output: output.error, default=None)
+        if not excluded and judge and worst and worst.error > max_error:
+            excluded = (
+                f"not eligible: error {worst.error:.1e} > {max_error:g} against {judge.candidate}, "
+                f"in the output {worst.name!r}"
+            )
+        per_second = entrant.calls_per_second
+        rows.append(
+            Result(
+                candidate=entrant.candidate,
+                version=entrant.version,
+                device=entrant.candidate.device or "",
+                latency=entrant.latency,
+                throughput=None if per_second is None else per_second * rows_per_call,
+                ratio=entrant.latency.median / fastest if entrant.latency else None,
+                errors=errors,
+                is_reference=entrant is judge,
+                task_accuracy=entrant.hits / entrant.asked
+                if entrant.session and entrant.asked
+                else None,
+                build_seconds=entrant.build_seconds,
+                excluded=excluded,
+                hint=entrant.hint,
+                error=entrant.error,
+            )
+        )
+    rows.sort(
+        key=lambda row: (
+            row.latency is None,
+            bool(row.excluded),
+            row.latency.median if row.latency else 0.0,
+            str(row.candidate),
+        )
+    )
+    return tuple(rows)
+
+
+def _verdict(
+    rows: Sequence[Result], reference: Candidate | None, max_error: float
+) -> tuple[Candidate | None, str]:
+    eligible = [row for row in rows if not row.excluded and row.latency]
+    if not eligible:
+        if not rows:
+            return None, "no backend is installed"
+        return None, f"none of the {len(rows)} candidates is eligible; each has its reason"
+    first = eligible[0]
+    assert first.latency is not None
+    if first.is_reference:
+        right = "it is the reference that errors are measured against"
+    else:
+        right = (
+            f"its error of {first.output_error or 0:.1e} against {reference} is within "
+            f"{max_error:g}"
+        )
+    if len(eligible) == 1 or eligible[1].latency is None:
+        calls = f"median of {first.latency.calls:,} calls in {first.latency.rounds} rounds"
+        return first.candidate, f"the only eligible candidate ({calls}); {right}"
+    second, latency = eligible[1].candidate, eligible[1].latency
+    lead = latency.median / first.latency.median - 1
+    rounds = min(first.latency.rounds, latency.rounds)
+    calls = f"medians of {first.latency.calls:,} and {latency.calls:,} calls in {rounds} rounds"
+    if lead < NOISE:
+        faster = (
+            f"{lead:.0%} faster than {second} ({calls}), which is within the noise of such a "
+            "machine: take them as equally fast"
+        )
+    else:
+        faster = f"{lead + 1:.1f}x faster than {second} ({calls})"
+    return first.candidate, f"{faster}; {right}"
