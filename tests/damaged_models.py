@@ -3,7 +3,7 @@
     python tests/damaged_models.py tflite                 500 of them
     python tests/damaged_models.py tflite --first 7 --count 1 --keep /tmp/damaged
 
-Every copy is cut short or has bytes changed, by a rule that the seed and its number fix. It must end
+Every copy is cut short or has bytes changed, as the seed and its number say. It must end
 in a UnirtError or in outputs. Meanwhile the intact model, opened before, opened again now and then
 and at the same path, must go on giving exactly its own outputs.
 
@@ -189,6 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     limit_memory()
     with tempfile.TemporaryDirectory() as folder:
+        faulthandler.dump_traceback_later(SECONDS_PER_CASE, exit=True)
         fuzz = Fuzz(given.engine, given.seed, Path(folder))
         fuzz.start()
         for number in range(given.first, given.first + given.count):

@@ -1,7 +1,7 @@
 """Damaged models never bring the process down, and are never taken for one another.
 
-`damaged_models.py` does it, in a process for each engine, 500 times; it also runs by hand, with other
-seeds: `python tests/damaged_models.py openvino --seed 1 --count 5000`.
+`damaged_models.py` does it 500 times an engine, each engine in a process of its own. By hand it
+takes other seeds, too: `python tests/damaged_models.py openvino --seed 1 --count 5000`.
 """
 
 import json

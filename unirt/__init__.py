@@ -7,7 +7,7 @@ outputs = session.run({"x": array})
 """
 
 from unirt.arrays import DeviceArray
-from unirt.backend import Backend, Binding, Engine, Pool, Session
+from unirt.backend import Backend, Engine
 from unirt.devices import host_devices
 from unirt.errors import (
     BackendError,
@@ -27,7 +27,9 @@ from unirt.loading import Decision, backends, build, devices, load, select
 from unirt.model import Model, ModelFile
 from unirt.options import Options, option
 from unirt.plugins import hookimpl
+from unirt.pool import Pool
 from unirt.selector import Selection
+from unirt.session import Binding, Session
 from unirt.types import CPU, Availability, Candidate, Device, TensorSpec
 
 __version__ = "0.1.0"

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -22,15 +19,14 @@ from unirt.accuracy import (
     mismatch,
     top1,
 )
-from unirt.backend import Session
 from unirt.data import DataSource, Samples, Shapes, load_samples, random_samples
-from unirt.devices import host_devices
 from unirt.errors import DataError, OptionError, UnirtError
 from unirt.loading import Candidates, build, select
-from unirt.measure import Timing, measure, measure_throughput
+from unirt.measure import Timing, machine, measure, measure_throughput
 from unirt.model import Model, ModelSource
 from unirt.options import Options
-from unirt.types import Array, Candidate
+from unirt.session import Session
+from unirt.types import Candidate
 
 Progress: TypeAlias = Callable[[str, float], None]
 """Told what is being done, and the share of it that is, 0 to 1."""
@@ -55,9 +51,10 @@ ORACLE_LIMITS = (1_000_000, 50_000, 1_000, 5_000)
 class Result:
     """One candidate of a comparison. What was not measured is None, never a guess.
 
-    `throughput` is in samples per second, from `Session.map` with several calls in flight; `ratio`
-    is its median latency over the fastest one's of all that were timed. `task_accuracy` is top-1,
-    0 to 1. `excluded` says why it cannot win, and `error` is the exception behind that, if any.
+    `throughput` is in samples per second, by `stream` (`Session.map`, with several calls in flight)
+    or by `calls` one after the other, whichever gave more. `ratio` is its median latency over the
+    fastest one's of all that were timed. `task_accuracy` is top-1, 0 to 1. `excluded` says why it
+    cannot win, and `error` is the exception behind that, if any.
     """
 
     candidate: Candidate
@@ -65,6 +62,7 @@ class Result:
     device: str = ""
     latency: Timing | None = None
     throughput: float | None = None
+    throughput_by: Literal["stream", "calls"] | None = None
     ratio: float | None = None
     errors: tuple[OutputError, ...] = ()
     is_reference: bool = False
@@ -91,6 +89,7 @@ class Result:
             "latency": self.latency.to_dict() if self.latency else None,
             "ratio_to_fastest": self.ratio,
             "throughput_per_second": self.throughput,
+            "throughput_by": self.throughput_by,
             "output_error": json_number(self.output_error),
             "outputs": [output.to_dict() for output in self.errors],
             "is_reference": self.is_reference,
@@ -141,8 +140,8 @@ class Comparison:
         for row in self.rows:
             told = []
             if row.latency:
-                told.append(f"median {row.latency.median * 1e3:.4g} ms")
-                told.append(f"p95 {row.latency.p95 * 1e3:.4g} ms")
+                median, p95 = row.latency.median * 1e3, row.latency.p95 * 1e3
+                told.append(f"median {median:.4g} ms, p95 {p95:.4g} ms")
             if row.throughput is not None:
                 told.append(f"{row.throughput:,.0f} samples/s")
             if row.is_reference:
@@ -219,7 +218,7 @@ def compare(
     tell = progress or (lambda _what, _share: None)
     if data is None:
         samples = random_samples(
-            model.inputs, calls=TIMED_FEEDS, seed=seed, batch=batch, shapes=shapes
+            model.inputs, model.outputs, calls=TIMED_FEEDS, seed=seed, batch=batch, shapes=shapes
         )
     else:
         samples = load_samples(model.inputs, data)
@@ -230,7 +229,8 @@ def compare(
         judge = None
         if any(entrant.session for entrant in entrants):
             judges = _judges(model, samples, entrants, named_reference, options, stack, notes)
-            judge = _judge(entrants, judges, samples, size, batch, max_error, notes, tell)
+            named = named_reference is not None
+            judge = _judge(entrants, judges, samples, size, batch, max_error, named, notes, tell)
             _time(entrants, samples, size, seconds, seed, tell)
         rows = _rows(entrants, judge, samples.rows * size, max_error)
     winner, why = _verdict(rows, judge.candidate if judge else None, max_error)
@@ -248,26 +248,6 @@ def compare(
         why=why,
         notes=tuple(notes),
     )
-
-
-def machine() -> dict[str, Any]:
-    """The facts about this machine without which a latency means nothing. JSON-able."""
-    cpu, *gpus = host_devices()
-    return {
-        "cpu": cpu.name,
-        "physical_cores": cpu.facts.get("usable_physical_cores"),
-        "logical_cores": cpu.facts.get("usable_logical_cores"),
-        "cpu_quota": cpu.facts.get("cpu_quota"),
-        "memory_bytes": cpu.memory_bytes,
-        "instruction_sets": list(cpu.facts.get("instruction_sets", ())),
-        "gpus": [gpu.name for gpu in gpus],
-        "driver": next((gpu.facts.get("driver") for gpu in gpus), None),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "os": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "unirt": version("unirt"),
-    }
 
 
 def _check_arguments(max_error: float, batch: int | None, seconds: float, seed: int) -> None:
@@ -410,10 +390,14 @@ def _judge(
     size: int,
     batch: int | None,
     max_error: float,
+    named: bool,
     notes: list[str],
     tell: Progress,
 ) -> _Entrant | None:
-    """Meters every entrant's errors and hits against the first judge that answers; returns it."""
+    """Meters every entrant's errors and hits against the first judge that answers; returns it.
+
+    None if no entrant answers at all. Raises DataError, and what a `named` judge raises.
+    """
     larger = size
     if batch is None and not samples.stacked and samples.fixed_batch is None:
         elements = sum(value.size // samples.count for value in samples.inputs.values())
@@ -439,9 +423,12 @@ def _judge(
                         f"answers are judged {rows} samples a call, and timed {size} a call"
                     )
                 return judge
+        reason = failed[judge]
+        if named and isinstance(reason, UnirtError):
+            raise reason
         if judge not in entrants:
-            notes.append(f"{judge.candidate} cannot be the reference: {failed[judge]}")
-        _drop({judge: failed[judge]})
+            notes.append(f"{judge.candidate} cannot be the reference: {reason}")
+        _drop({judge: reason})
     return None
 
 
@@ -472,7 +459,9 @@ def _judged_by(
         except UnirtError as error:
             return {judge: error}
         if batch.labels is not None and not classifier:
-            classifier = classification_output(expected, _all_like(samples, batch.labels))
+            # In place of these, the largest of all: a bad one shows at once, not at the end.
+            largest = np.full_like(batch.labels, np.max(np.asarray(samples.labels)))
+            classifier = classification_output(expected, largest)
         for entrant in running:
             if entrant in failed or entrant.session is None:
                 continue
@@ -481,8 +470,7 @@ def _judged_by(
             except UnirtError as error:
                 failed[entrant] = error
                 continue
-            reason = mismatch(outputs, expected)
-            if reason:
+            if reason := mismatch(outputs, expected):
                 failed[entrant] = reason
                 continue
             entrant.meter.add(outputs, expected)
@@ -493,12 +481,6 @@ def _judged_by(
                 entrant.asked += counted.size
         done += batch.count
     return failed
-
-
-def _all_like(samples: Samples, labels: Array) -> Array:
-    """Labels of one call's shape whose largest is that of all: a bad one shows at once."""
-    assert samples.labels is not None
-    return np.full_like(labels, samples.labels.max())
 
 
 # --- how fast ------------------------------------------------------------------------------------
@@ -547,7 +529,7 @@ def _rows(
     fastest = min((e.latency.median for e in entrants if e.latency), default=0.0)
     rows = []
     for entrant in entrants:
-        errors = entrant.meter.result() if entrant.session else ()
+        errors = entrant.meter.result() if entrant.session and entrant is not judge else ()
         excluded = entrant.excluded
         worst = max(errors, key=lambda output: output.error, default=None)
         if not excluded and judge and worst and worst.error > max_error:
@@ -555,14 +537,15 @@ def _rows(
                 f"not eligible: error {worst.error:.1e} > {max_error:g} against {judge.candidate}, "
                 f"in the output {worst.name!r}"
             )
-        per_second = entrant.calls_per_second
+        speed, way = _fastest_way(entrant)
         rows.append(
             Result(
                 candidate=entrant.candidate,
                 version=entrant.version,
                 device=entrant.candidate.device or "",
                 latency=entrant.latency,
-                throughput=None if per_second is None else per_second * rows_per_call,
+                throughput=None if speed is None else speed * rows_per_call,
+                throughput_by=way,
                 ratio=entrant.latency.median / fastest if entrant.latency else None,
                 errors=errors,
                 is_reference=entrant is judge,
@@ -586,23 +569,27 @@ def _rows(
     return tuple(rows)
 
 
+def _fastest_way(entrant: _Entrant) -> tuple[float | None, Literal["stream", "calls"] | None]:
+    """Calls per second. A stream costs a thread switch a call, more than a tiny network itself."""
+    if entrant.latency is None:
+        return None, None
+    one_by_one, stream = 1 / entrant.latency.mean, entrant.calls_per_second
+    return (stream, "stream") if stream and stream > one_by_one else (one_by_one, "calls")
+
+
 def _verdict(
     rows: Sequence[Result], reference: Candidate | None, max_error: float
 ) -> tuple[Candidate | None, str]:
     eligible = [row for row in rows if not row.excluded and row.latency]
     if not eligible:
-        if not rows:
-            return None, "no backend is installed"
-        return None, f"none of the {len(rows)} candidates is eligible; each has its reason"
+        out = f"none of the {len(rows)} candidates is eligible; each has its reason"
+        return None, out if rows else "no backend is installed"
     first = eligible[0]
     assert first.latency is not None
+    error = f"its error of {first.output_error or 0:.1e} against {reference}"
+    right = f"{error} is within {max_error:g}"
     if first.is_reference:
         right = "it is the reference that errors are measured against"
-    else:
-        right = (
-            f"its error of {first.output_error or 0:.1e} against {reference} is within "
-            f"{max_error:g}"
-        )
     if len(eligible) == 1 or eligible[1].latency is None:
         calls = f"median of {first.latency.calls:,} calls in {first.latency.rounds} rounds"
         return first.candidate, f"the only eligible candidate ({calls}); {right}"

@@ -71,10 +71,10 @@ class Samples:
         if wanted is None:
             return fixed or default
         if fixed is not None and wanted != fixed * self.rows:
-            why = "This data holds whole inputs, one a call" if self.stacked else "It takes"
             raise DataError(
                 f"The model cannot be called with batches of {wanted}.",
-                f"{why}: {fixed * self.rows} sample{'s' * (fixed * self.rows != 1)} a call.",
+                "Its batch is fixed, or the data holds whole inputs, of which a call takes one: "
+                f"{fixed * self.rows} sample{'s' * (fixed * self.rows != 1)} a call.",
                 "Leave the batch out, or export the model with a dynamic batch axis.",
                 batch=wanted,
             )
@@ -166,6 +166,7 @@ def load_samples(specs: Sequence[TensorSpec], source: DataSource) -> Samples:
 
 def random_samples(
     specs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec] = (),
     *,
     calls: int,
     seed: int = 0,
@@ -174,7 +175,8 @@ def random_samples(
 ) -> Samples:
     """Random inputs of `calls` calls, each with `batch` rows where the first axis is dynamic.
 
-    `shapes` is as for `random_inputs`. Raises DataError.
+    A fixed first axis counts as rows only where the `outputs` begin with it too. `shapes` is as for
+    `random_inputs`. Raises DataError.
     """
     given = dict(shapes or {})
     if batch is not None:
@@ -192,6 +194,10 @@ def random_samples(
     stacked = {spec.name: np.stack([feed[spec.name] for feed in feeds]) for spec in specs}
     firsts = {value.shape[1] for value in stacked.values() if value.ndim > 1}
     rows = firsts.pop() if len(firsts) == 1 else 1
+    if all(isinstance(spec.shape[0], int) for spec in specs if spec.shape) and not all(
+        spec.shape is None or spec.shape[:1] in ((rows,), (None,)) for spec in outputs
+    ):
+        rows = 1
     shapes_text = ", ".join(f"{name} {list(value.shape[1:])}" for name, value in stacked.items())
     samples = Samples(
         stacked,
@@ -304,9 +310,7 @@ def _random(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) 
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _named_arrays(
-    specs: Sequence[TensorSpec], source: DataSource
-) -> tuple[dict[str, Any], str]:
+def _named_arrays(specs: Sequence[TensorSpec], source: DataSource) -> tuple[dict[str, Any], str]:
     if isinstance(source, Mapping):
         return dict(source), "the data"
     if isinstance(source, str | os.PathLike):
@@ -409,10 +413,8 @@ def _value(value: Any, spec: TensorSpec) -> Array:
     except InputError as error:
         raise _as_data_error(error) from error
     # .npy files do not know the types of ml_dtypes: they come back as so many bytes.
-    if spec.dtype in EXTENDED_DTYPES and array.dtype.kind == "V" and array.dtype.fields is None:
-        if array.dtype.itemsize == spec.numpy_dtype.itemsize:
-            return array.view(spec.numpy_dtype)
-    return array
+    raw = spec.dtype in EXTENDED_DTYPES and array.dtype == f"V{spec.numpy_dtype.itemsize}"
+    return array.view(spec.numpy_dtype) if raw else array
 
 
 def _as_data_error(error: InputError) -> DataError:
@@ -423,7 +425,9 @@ def _layout(
     specs: Sequence[TensorSpec], values: Mapping[str, Array]
 ) -> tuple[bool, frozenset[str]]:
     """Whether entries are whole inputs, and which arrays are for every call."""
-    batched, stacked, shared = [], [], []
+    batched: list[str] = []
+    stacked: list[str] = []
+    shared: list[str] = []
     for spec in specs:
         rank = values[spec.name].ndim
         wanted = max(rank, 1) if spec.shape is None else len(spec.shape)

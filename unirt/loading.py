@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from unirt import plugins
-from unirt.backend import Backend, Engine, Session
+from unirt.backend import Backend, Engine
 from unirt.devices import host_devices
 from unirt.errors import BackendError, BackendUnavailable, NoBackend, OptionError, UnirtError
 from unirt.model import Model, ModelFile, ModelSource
 from unirt.options import Options
 from unirt.plugins import Plugin
 from unirt.selector import Facts, Selection, rank
+from unirt.session import Session
 from unirt.types import Candidate, Device
 
 OptionValues = Mapping[str, object] | Options

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import platform
 import random
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from unirt.data import Feed
+from unirt.devices import host_devices
 from unirt.errors import UnirtError
 
 Run: TypeAlias = Callable[[Feed], object]
@@ -233,3 +237,23 @@ def garbage_kept() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def machine() -> dict[str, Any]:
+    """The facts about this machine without which a latency means nothing. JSON-able."""
+    cpu, *gpus = host_devices()
+    return {
+        "cpu": cpu.name,
+        "physical_cores": cpu.facts.get("usable_physical_cores"),
+        "logical_cores": cpu.facts.get("usable_logical_cores"),
+        "cpu_quota": cpu.facts.get("cpu_quota"),
+        "memory_bytes": cpu.memory_bytes,
+        "instruction_sets": list(cpu.facts.get("instruction_sets", ())),
+        "gpus": [gpu.name for gpu in gpus],
+        "driver": next((gpu.facts.get("driver") for gpu in gpus), None),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "unirt": version("unirt"),
+    }

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from unirt.backend import Backend, Engine, Session
+from unirt.backend import Backend, Engine
 from unirt.errors import (
     BackendUnavailable,
     BuildError,
@@ -36,6 +36,7 @@ from unirt.errors import (
     UnirtError,
 )
 from unirt.model import Model
+from unirt.session import Session
 from unirt.testing.networks import NETWORKS, OTHER_FORMATS, Network, onnx_bytes
 from unirt.testing.tflite_networks import tflite_network
 from unirt.types import Availability, Candidate

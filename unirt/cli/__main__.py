@@ -1,0 +1,3 @@
+from unirt.cli import main
+
+main()

@@ -1,0 +1,112 @@
+"""Arguments that commands share, how they are read, and how a shell completes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unirt import plugins
+from unirt.devices import host_devices
+from unirt.errors import ModelError, OptionError
+from unirt.model import Model
+
+
+def complete_candidate(incomplete: str) -> list[str]:
+    """Backends by name, and behind an @ the devices of this machine. Loads no engine."""
+    backend, at, _ = incomplete.partition("@")
+    devices = host_devices() if at else ()
+    offered = [f"{backend}@{device}" for device in devices] or plugins.names()
+    return [name for name in offered if name.startswith(incomplete)]
+
+
+def complete_option(incomplete: str) -> list[str]:
+    """`backend.option=` for every option of every backend. Loads no engine."""
+    offered = []
+    for name in plugins.names():
+        plugin = plugins.plugin(name)
+        if plugin is not None and plugin.backend is not None:
+            offered += [f"{name}.{info.name}=" for info in plugin.backend.options.describe()]
+    return [text for text in offered if text.startswith(incomplete)]
+
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx or .tflite file.")]
+Beside = Annotated[
+    bool, typer.Option("--beside", help="Also use the same network in other formats beside it.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+OptionTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-o",
+        metavar="[BACKEND.]KEY=VALUE",
+        help="An option of an engine; `unirt doctor --options` lists them. Repeatable.",
+        autocompletion=complete_option,
+    ),
+]
+ShapeTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="NAME=SIZES",
+        help="For random inputs: batch=4 for a symbol, image=1,3,224,224 for an input. Repeatable.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of random inputs.")]
+
+
+def open_model(path: Path, beside: bool, notes: list[str] | None = None) -> Model:
+    """The model, with its other formats if `beside`. Where those do not fit and there are `notes`,
+    they are left out with a note; otherwise that is an error.
+    """
+    if not beside or notes is None:
+        return Model(path, beside=beside)
+    try:
+        return Model(path, beside=True)
+    except ModelError as error:
+        model = Model(path)
+        notes.append(f"the file beside it is left out. {error.what} {error.why}")
+        return model
+
+
+def read_options(texts: Sequence[str] | None, backend: str | None = None) -> dict[str, Any]:
+    """`backend.key=value` texts as nested options. A bare key is meant for `backend`."""
+    options: dict[str, dict[str, str]] = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        owner, dot, name = key.partition(".")
+        if not dot and backend is not None:
+            owner, name = backend, key
+        if not equals or not owner or not name:
+            raise OptionError(
+                f"-o {text} cannot be read.",
+                "An option is written backend.key=value"
+                + (f", or key=value for {backend}." if backend else "."),
+                "Write for example -o onnxruntime.threads=4.",
+                text=text,
+            )
+        options.setdefault(owner, {})[name] = value
+    return options
+
+
+def read_shapes(texts: Sequence[str] | None) -> Mapping[str, int | tuple[int, ...]]:
+    """`batch=4` and `image=1,3,224,224` (or 1x3x224x224) as sizes by name."""
+    shapes: dict[str, int | tuple[int, ...]] = {}
+    for text in texts or ():
+        # Input names may hold an = themselves, sizes never do.
+        name, equals, sizes = text.rpartition("=")
+        numbers = [size.strip() for size in sizes.replace("x", ",").split(",") if size.strip()]
+        if not equals or not name or not all(number.isdecimal() for number in numbers):
+            raise OptionError(
+                f"--shape {text} cannot be read.",
+                "A shape is the name of a symbol or an input, =, and whole numbers.",
+                "Write for example --shape batch=4 or --shape image=1,3,224,224.",
+                text=text,
+            )
+        given = tuple(map(int, numbers))
+        shapes[name] = given[0] if len(given) == 1 and "," not in sizes else given
+    return shapes

@@ -1,0 +1,472 @@
+"""A running engine: run, submit, map, bind and close, written once for every backend."""
+
+from __future__ import annotations
+
+import abc
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, final, runtime_checkable
+
+import numpy as np
+
+from unirt.arrays import DeviceArray, admit, describe, to_array
+from unirt.errors import BackendError, ClosedError, InputError, UnirtError
+from unirt.types import Array, TensorSpec
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    from unirt.backend import Engine
+
+
+def closed_error(what: str, engine: Engine) -> ClosedError:
+    return ClosedError(
+        f"This {what} of {engine.model.name!r} on {engine.candidate} is closed.",
+        "close() was called, or its `with` block ended.",
+        f"Open a new one: engine.session(), or unirt.load({engine.model.name!r}).",
+    )
+
+
+def failed_error(doing: str, engine: Engine, error: BaseException) -> BackendError:
+    return BackendError(
+        f"{engine.candidate} failed to {doing} {engine.model.name!r}.",
+        f"{type(error).__name__}: {error}",
+        "The session stays usable; check that this input suits the network, or try another "
+        "candidate.",
+        backend=engine.backend.name,
+        device=str(engine.device),
+    )
+
+
+class Session(abc.ABC):
+    """A running engine. Every public method is safe to call from many threads.
+
+    A backend that allows `_run` from several threads at once says `concurrent = True`; otherwise
+    core lets one call in at a time. `lanes` is how many calls are worth having in flight.
+    """
+
+    concurrent: ClassVar[bool] = False
+    lanes: int = 1
+
+    engine: Engine
+    decision: Any = None
+    """How `unirt.load` came to this engine: a `Decision`; None for a session opened by hand."""
+
+    @abc.abstractmethod
+    def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """One inference. `inputs` holds every input of the file with the right dtype and a shape
+        that fits; arrays may be read-only or strided, and must not be kept. The outputs are new
+        arrays that nobody else will write to.
+        """
+
+    def _close(self) -> None:  # noqa: B027 - optional
+        """Free what the session holds. Called once; no `_run` is or will be running."""
+
+    @final
+    def _attach(self, engine: Engine) -> None:
+        self.engine = engine
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+        self._expected = tuple(
+            (spec.name, spec.numpy_dtype if spec.kind == "tensor" else None)
+            for spec in engine.inputs
+        )
+        self._rename_in, self._rename_out = engine._renamed_inputs, engine._renamed_outputs
+        self._rename_back = {inner: name for name, inner in self._rename_out.items()}
+        self._known_shapes: set[object] = set()
+        self._gate = threading.Lock()
+        self._serial = None if self.concurrent else threading.Lock()
+        self._idle = threading.Event()  # only touched once closing: an Event costs more than a run
+        self._in_flight = 0
+        self._closed = False
+        self._executor: ThreadPoolExecutor | None = None
+        self._bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
+        self._owns_engine = False
+        self._direct = self._serial is None and not self._rename_in and not self._rename_back
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @final
+    def run(self, inputs: Any = None, *, device_outputs: bool = False) -> dict[str, Any]:
+        """One inference: a dict of arrays in, a dict of arrays out.
+
+        A model with one input also takes the bare array. Arrays are NumPy, or anything with
+        `__dlpack__`; they are used as they are and never cast. Outputs are new arrays and belong to
+        the caller. `device_outputs=True` leaves them on the engine's device, as arrays with
+        `__dlpack__` and `__cuda_array_interface__`.
+
+        Raises InputError (the session stays usable), ClosedError, or BackendError with the
+        vendor's exception as cause.
+        """
+        plain = not device_outputs and self._fits(inputs)
+        if not plain:
+            inputs = self._admit(inputs)
+        # `_enter` and `_leave`, written out: this is the one path where a microsecond counts.
+        gate = self._gate
+        with gate:
+            if self._closed:
+                raise closed_error("session", self.engine)
+            self._in_flight += 1
+        try:
+            if plain and self._direct:
+                outputs = self._run(inputs)
+                return outputs if type(outputs) is dict else dict(outputs)
+            return self._execute(inputs, device_outputs)
+        except UnirtError:
+            raise
+        except Exception as error:
+            raise failed_error("run", self.engine, error) from error
+        finally:
+            with gate:
+                self._in_flight -= 1
+                if self._closed and not self._in_flight:
+                    self._idle.set()
+
+    @final
+    def submit(self, inputs: Any = None, *, device_outputs: bool = False) -> Future[dict[str, Any]]:
+        """`run` in the background. Wrong inputs raise here; the future carries everything else.
+
+        At most `lanes` calls run at once, in order of submission. The arrays are not copied: leave
+        them unchanged until the future is done.
+        """
+        feed = dict(inputs) if self._fits(inputs) else self._admit(inputs)
+        self._enter()
+        try:
+            future = self._workers().submit(self._execute_queued, feed, device_outputs)
+        except BaseException:
+            self._leave()
+            raise
+        future.add_done_callback(lambda _: self._leave())
+        return future
+
+    @final
+    def map(
+        self, stream: Iterable[Any], *, in_flight: int | None = None, device_outputs: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """Outputs for a stream of inputs, in its order, with several calls in flight.
+
+        `stream` is read lazily, at most `in_flight` items ahead (default: one more than `lanes`),
+        so it may be endless; each item must stay unchanged until its output is out. An error comes
+        out at its item's place and ends the stream.
+        """
+        self._check_open()
+        depth = self.lanes + 1 if in_flight is None else in_flight
+        if depth < 1:
+            raise InputError(
+                f"map cannot keep {depth} calls in flight.",
+                "in_flight counts the inputs being worked on.",
+                "Pass 1 or more, or leave it out.",
+            )
+        return self._map(stream, depth, device_outputs)
+
+    def _map(
+        self, stream: Iterable[Any], depth: int, device_outputs: bool
+    ) -> Iterator[dict[str, Any]]:
+        pending: deque[Future[dict[str, Any]]] = deque()
+        try:
+            for item in stream:
+                try:
+                    pending.append(self.submit(item, device_outputs=device_outputs))
+                except UnirtError:
+                    # What came before the bad item is still owed to the caller.
+                    while pending:
+                        yield pending.popleft().result()
+                    raise
+                if len(pending) >= depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    @final
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any] | None = None) -> Binding:
+        """Fixed buffers for a tight loop: write `inputs`, call `binding.run()`, read `outputs`.
+
+        Buffers are C-contiguous arrays that the caller keeps; missing outputs are allocated, with
+        the shapes that one run with these inputs gives. The shapes are fixed from then on.
+        """
+        self._check_open()
+        feed = self._admit(inputs)
+        given = dict(outputs or {})
+        unknown = sorted(set(given) - {spec.name for spec in self.outputs})
+        if unknown:
+            names = ", ".join(spec.name for spec in self.outputs)
+            raise InputError(
+                f"The model has no output {unknown[0]!r}.",
+                f"Its outputs are: {names}.",
+                "Bind these, or leave outputs out to have them allocated.",
+                name=unknown[0],
+            )
+        specs = {spec.name: spec for spec in self.outputs}
+        given = {n: to_array(v, specs[n], self.engine.device.kind) for n, v in given.items()}
+        for name, value in feed.items():
+            _check_buffer(name, value, writable=False)
+        for name, value in given.items():
+            _check_buffer(name, value, writable=True)
+        on_device = any(type(v) is DeviceArray for v in [*feed.values(), *given.values()])
+        sample = self.run(feed, device_outputs=on_device)
+        buffers: dict[str, Any] = {}
+        for spec in self.outputs:
+            produced = sample[spec.name]
+            buffer = given.get(spec.name)
+            if buffer is None:
+                buffer = produced
+            elif describe(buffer) != describe(produced):
+                raise InputError(
+                    f"The buffer for output {spec.name!r} does not fit.",
+                    f"This input gives {describe(produced)}; the buffer is {describe(buffer)}.",
+                    "Allocate it so, or leave it out.",
+                    name=spec.name,
+                )
+            buffers[spec.name] = buffer
+        inner_in = {self._rename_in.get(name, name): value for name, value in feed.items()}
+        inner_out = {self._rename_out.get(name, name): value for name, value in buffers.items()}
+        if isinstance(self, SupportsBind):
+            try:
+                step = self._bind(inner_in, inner_out)
+            except UnirtError:
+                raise
+            except Exception as error:
+                raise failed_error("bind buffers of", self.engine, error) from error
+        else:
+            step = self._copying_step(inner_in, inner_out)
+        binding = Binding(self, feed, buffers, step)
+        with self._gate:
+            if self._closed:
+                raise closed_error("session", self.engine)
+            self._bindings.add(binding)
+        return binding
+
+    def _copying_step(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> Callable[[], object]:
+        serial = self._serial or nullcontext()
+
+        def step() -> None:
+            with serial:
+                produced = self._run(inputs)
+            for name, buffer in outputs.items():
+                if produced[name].shape != buffer.shape:
+                    raise ValueError(
+                        f"output {name!r} is {describe(produced[name])} now, which the bound "
+                        f"buffer of {describe(buffer)} cannot hold"
+                    )
+                np.copyto(buffer, produced[name], casting="no")
+
+        return step
+
+    @final
+    def close(self) -> None:
+        """Waits for calls in flight and queued, then frees the session. Idempotent."""
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
+            if not self._in_flight:
+                self._idle.set()
+        for binding in list(self._bindings):
+            binding.close()
+        self._idle.wait()
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+        self._close()
+        if self._owns_engine:
+            self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<unirt.Session {self.engine.candidate} of {self.engine.model.name!r}>"
+
+    def _fits(self, inputs: Any) -> bool:
+        """Whether these are plain arrays, in dtypes and shapes that were admitted before."""
+        expected = self._expected
+        if type(inputs) is not dict or len(inputs) != len(expected):
+            return False
+        if len(expected) == 1:
+            ((name, dtype),) = expected
+            value = inputs.get(name)
+            return (
+                type(value) is np.ndarray
+                and value.dtype is dtype
+                and value.shape in self._known_shapes
+            )
+        shapes = []
+        for name, dtype in expected:
+            value = inputs.get(name)
+            if type(value) is not np.ndarray or value.dtype is not dtype:
+                return False
+            shapes.append(value.shape)
+        return tuple(shapes) in self._known_shapes
+
+    def _admit(self, inputs: Any) -> dict[str, Any]:
+        feed = admit(inputs, self.inputs, self.engine.device.kind)
+        if all(type(value) is np.ndarray for value in feed.values()):
+            if len(self._known_shapes) >= 1024:
+                self._known_shapes.clear()
+            shapes = tuple(value.shape for value in feed.values())
+            self._known_shapes.add(shapes[0] if len(shapes) == 1 else shapes)
+        return feed
+
+    def _execute(self, feed: dict[str, Any], device_outputs: bool) -> dict[str, Any]:
+        if self._rename_in:
+            feed = {self._rename_in[name]: value for name, value in feed.items()}
+        if device_outputs or any(type(value) is DeviceArray for value in feed.values()):
+            outputs = self._run_on_device(feed, device_outputs)
+        elif self._serial is None:
+            outputs = self._run(feed)
+        else:
+            with self._serial:
+                outputs = self._run(feed)
+        if self._rename_back:
+            return {self._rename_back[name]: value for name, value in outputs.items()}
+        return outputs if type(outputs) is dict else dict(outputs)
+
+    def _execute_queued(self, feed: dict[str, Any], device_outputs: bool) -> dict[str, Any]:
+        try:
+            return self._execute(feed, device_outputs)
+        except UnirtError:
+            raise
+        except Exception as error:
+            raise failed_error("run", self.engine, error) from error
+
+    def _run_on_device(self, feed: Mapping[str, Any], keep: bool) -> Mapping[str, Any]:
+        if not isinstance(self, SupportsDeviceArrays):
+            raise InputError(
+                f"{self.engine.candidate} cannot work on arrays of a device.",
+                "This engine takes and gives host memory.",
+                "Copy the inputs to the host and leave device_outputs out.",
+            )
+        if self._serial is None:
+            return self._run_device(feed, keep)
+        with self._serial:
+            return self._run_device(feed, keep)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise closed_error("session", self.engine)
+
+    def _enter(self) -> None:
+        with self._gate:
+            if self._closed:
+                raise closed_error("session", self.engine)
+            self._in_flight += 1
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._in_flight -= 1
+            if self._closed and not self._in_flight:
+                self._idle.set()
+
+    def _workers(self) -> ThreadPoolExecutor:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with self._gate:
+            if self._executor is None:
+                name = f"unirt-{self.engine.backend.name}"
+                self._executor = ThreadPoolExecutor(max(1, self.lanes), thread_name_prefix=name)
+            return self._executor
+
+
+def _check_buffer(name: str, value: Any, *, writable: bool) -> None:
+    if isinstance(value, DeviceArray):
+        return
+    if not isinstance(value, np.ndarray):
+        problem = f"It is {describe(value)}"
+    elif not value.flags.c_contiguous:
+        problem = "It is not C-contiguous"
+    elif writable and not value.flags.writeable:
+        problem = "It is read-only"
+    else:
+        return
+    raise InputError(
+        f"The buffer for {name!r} cannot be bound.",
+        f"{problem}; the engine reads and writes it in place.",
+        "Pass np.ascontiguousarray(...) and keep a reference to it.",
+        name=name,
+    )
+
+
+class Binding:
+    """Fixed input and output buffers of one session. One run at a time; others wait.
+
+    `inputs` and `outputs` are the buffers themselves: write into the first, read the second after
+    `run`. Closing the session closes its bindings.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        inputs: Mapping[str, Any],
+        outputs: dict[str, Any],
+        step: Callable[[], object],
+    ) -> None:
+        self.session, self.inputs, self.outputs = session, inputs, outputs
+        self._step = step
+        self._lock = threading.Lock()
+
+    def run(self) -> dict[str, Any]:
+        """One inference from and into the buffers; returns `outputs`.
+
+        Raises ClosedError, or BackendError with the vendor's exception as cause.
+        """
+        with self._lock:
+            try:
+                self._step()
+            except UnirtError:
+                raise
+            except Exception as error:
+                raise failed_error("run", self.session.engine, error) from error
+        return self.outputs
+
+    def close(self) -> None:
+        """Waits for a run in flight and lets go of the engine. The buffers stay the caller's."""
+        with self._lock:
+            self._step = self._raise_closed
+
+    def _raise_closed(self) -> None:
+        raise closed_error("binding", self.session.engine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@runtime_checkable
+class SupportsBind(Protocol):
+    """A session that can prepare fixed buffers better than run-and-copy does."""
+
+    def _bind(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> Callable[[], object]:
+        """A function that runs from `inputs` into `outputs`; core calls it one at a time."""
+
+
+@runtime_checkable
+class SupportsDeviceArrays(Protocol):
+    """A session that works on arrays in its device's memory without a host copy."""
+
+    def _run_device(self, inputs: Mapping[str, Any], keep: bool) -> Mapping[str, Any]:
+        """`_run` where inputs may be DeviceArray; outputs stay on the device if `keep`."""
