@@ -41,9 +41,7 @@ NOISE = 0.15
 """Below this lead, two engines on a machine that does other things too count as equally fast."""
 
 LATENCY_SHARE = 0.75
-
-# Up to here the NumPy evaluator answers in fractions of a second: weights, elements of one sample,
-# operators, and samples.
+# Weights, elements of a sample, operators and samples up to which NumPy answers soon enough.
 ORACLE_LIMITS = (1_000_000, 50_000, 1_000, 5_000)
 
 
@@ -173,6 +171,10 @@ class _Entrant:
     hint: str = ""
     error: UnirtError | None = None
 
+    @property
+    def accuracy(self) -> float | None:
+        return self.hits / self.asked if self.session and self.asked else None
+
     def fail(self, error: UnirtError) -> None:
         self.error, self.hint = error, error.remedy
         self.excluded = " ".join(filter(None, (error.what, error.why)))
@@ -223,14 +225,14 @@ def compare(
     else:
         samples = load_samples(model.inputs, data)
     size = samples.call_size(batch)
-    notes = list[str]()
+    notes: list[str] = []
     with ExitStack() as stack:
         _open(model, entrants, options, stack, tell)
         judge = None
         if any(entrant.session for entrant in entrants):
             judges = _judges(model, samples, entrants, named_reference, options, stack, notes)
-            named = named_reference is not None
-            judge = _judge(entrants, judges, samples, size, batch, max_error, named, notes, tell)
+            alone = named_reference is not None
+            judge = _judge(entrants, judges, alone, samples, size, batch, max_error, notes, tell)
             _time(entrants, samples, size, seconds, seed, tell)
         rows = _rows(entrants, judge, samples.rows * size, max_error)
     winner, why = _verdict(rows, judge.candidate if judge else None, max_error)
@@ -289,10 +291,10 @@ def _check_options(
     taking_part |= {reference.backend} if reference else set()
     for name, values in (options or {}).items():
         if name not in taking_part or not isinstance(values, Mapping | Options):
+            listed = ", ".join(sorted(taking_part)) or "none"
             raise OptionError(
                 f"There are options for {name!r}.",
-                f"These backends take part: {', '.join(sorted(taking_part)) or 'none'}; each takes "
-                "a mapping.",
+                f"These backends take part: {listed}; each takes a mapping.",
                 "Pass options={'onnxruntime': {'threads': 4}}, or -o onnxruntime.threads=4.",
                 option=name,
             )
@@ -386,17 +388,17 @@ def _same(candidate: Candidate, wanted: Candidate) -> bool:
 def _judge(
     entrants: Sequence[_Entrant],
     judges: Iterator[_Entrant],
+    alone: bool,
     samples: Samples,
     size: int,
     batch: int | None,
     max_error: float,
-    named: bool,
     notes: list[str],
     tell: Progress,
 ) -> _Entrant | None:
     """Meters every entrant's errors and hits against the first judge that answers; returns it.
 
-    None if no entrant answers at all. Raises DataError, and what a `named` judge raises.
+    None if no entrant answers at all. Raises DataError, and what a judge raises who is `alone`.
     """
     larger = size
     if batch is None and not samples.stacked and samples.fixed_batch is None:
@@ -424,7 +426,7 @@ def _judge(
                     )
                 return judge
         reason = failed[judge]
-        if named and isinstance(reason, UnirtError):
+        if alone and isinstance(reason, UnirtError):
             raise reason
         if judge not in entrants:
             notes.append(f"{judge.candidate} cannot be the reference: {reason}")
@@ -496,8 +498,6 @@ def _time(
 ) -> None:
     running = {str(e.candidate): e for e in entrants if e.session}
     sessions = {name: e.session for name, e in running.items() if e.session}
-    if not sessions:
-        return
     feeds = samples.feeds(size, TIMED_FEEDS)
     latencies = measure(
         {name: session.run for name, session in sessions.items()},
@@ -549,24 +549,19 @@ def _rows(
                 ratio=entrant.latency.median / fastest if entrant.latency else None,
                 errors=errors,
                 is_reference=entrant is judge,
-                task_accuracy=entrant.hits / entrant.asked
-                if entrant.session and entrant.asked
-                else None,
+                task_accuracy=entrant.accuracy,
                 build_seconds=entrant.build_seconds,
                 excluded=excluded,
                 hint=entrant.hint,
                 error=entrant.error,
             )
         )
-    rows.sort(
-        key=lambda row: (
-            row.latency is None,
-            bool(row.excluded),
-            row.latency.median if row.latency else 0.0,
-            str(row.candidate),
-        )
-    )
-    return tuple(rows)
+    return tuple(sorted(rows, key=_place))
+
+
+def _place(row: Result) -> tuple[bool, bool, float, str]:
+    median = row.latency.median if row.latency else 0.0
+    return row.latency is None, bool(row.excluded), median, str(row.candidate)
 
 
 def _fastest_way(entrant: _Entrant) -> tuple[float | None, Literal["stream", "calls"] | None]:

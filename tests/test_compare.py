@@ -1,0 +1,359 @@
+"""Candidates side by side, with real engines and with real plugins whose answers are off."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import unirt
+from unirt import plugins
+from unirt.compare import Comparison, compare
+from unirt.testing import NETWORKS
+
+DIGITS = Path(__file__).parent.parent / "examples" / "digits"
+TEST = DIGITS / "test.npz"
+ENGINES = ("onnxruntime", "openvino", "tflite", "reference")
+
+# A plugin as a stranger would publish it: onnxruntime's answers, bent as its option says.
+BENT = """
+import numpy as np
+import unirt
+from dataclasses import dataclass
+from typing import Literal
+from unirt import Options, option
+
+@dataclass(frozen=True)
+class BentOptions(Options):
+    how: Literal["scaled", "nan", "shape", "dtype", "name", "raises", "late", "batch", "exact"] = (
+        option("exact", "What is wrong with its answers.")
+    )
+
+class BentBackend(unirt.Backend):
+    name = "bent"
+    formats = ("onnx",)
+    options = BentOptions
+
+    def _probe(self):
+        return unirt.Availability.yes("0.1", unirt.CPU)
+
+    def _compile(self, file, device, options):
+        print("bent compiles")
+        return BentEngine(file.read(), options.how)
+
+class BentEngine(unirt.Engine):
+    def __init__(self, data, how):
+        import onnxruntime
+        self.runner = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        self.how = how
+
+    def _new_session(self):
+        return BentSession(self.runner, self.how)
+
+class BentSession(unirt.Session):
+    concurrent = True
+
+    def __init__(self, runner, how):
+        self.runner, self.how, self.calls = runner, how, 0
+
+    def _run(self, inputs):
+        self.calls += 1
+        names = [output.name for output in self.runner.get_outputs()]
+        outputs = dict(zip(names, self.runner.run(names, dict(inputs))))
+        first = outputs[names[0]]
+        if self.how == "scaled":
+            first *= np.float32(1.5)
+        elif self.how == "nan":
+            first.flat[0] = np.nan
+        elif self.how == "shape":
+            outputs[names[0]] = first[..., None]
+        elif self.how == "dtype":
+            outputs[names[0]] = first.astype(np.float64)
+        elif self.how == "name":
+            outputs["other"] = outputs.pop(names[0])
+        elif self.how == "raises" or (self.how == "late" and self.calls > 20):
+            raise RuntimeError("the vendor is out of luck")
+        elif self.how == "batch" and len(first) > 1:
+            first[1:] = 0
+        return outputs
+
+@unirt.hookimpl
+def unirt_backend():
+    return BentBackend()
+"""
+
+
+@pytest.fixture
+def bent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The bent plugin, installed as pip leaves it, for this process."""
+    site = tmp_path / "site"
+    info = site / "unirt_bent-0.1.dist-info"
+    info.mkdir(parents=True)
+    (site / "unirt_bent.py").write_text(BENT)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unirt-bent\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[unirt.backends]\nbent = unirt_bent\n")
+    monkeypatch.syspath_prepend(site)
+    yield site
+    plugins._loaded.pop("bent", None)
+    sys.modules.pop("unirt_bent", None)
+
+
+@pytest.fixture(scope="module")
+def model() -> unirt.Model:
+    return unirt.Model(DIGITS / "digits.onnx", beside=True)
+
+
+@pytest.fixture(scope="module")
+def everyone(model: unirt.Model) -> Comparison:
+    told: list[tuple[str, float]] = []
+    comparison = compare(
+        model, data=TEST, seconds=0.3, progress=lambda what, share: told.append((what, share))
+    )
+    assert {"building onnxruntime@cpu", "judging answers", "timing calls"} <= {w for w, _ in told}
+    assert all(0 <= share <= 1 for _, share in told)
+    return comparison
+
+
+def row_of(comparison: Comparison, backend: str) -> Any:
+    (row,) = [row for row in comparison.rows if row.candidate.backend == backend]
+    return row
+
+
+# --- real engines --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_every_engine_reads_digits_and_they_agree(everyone: Comparison, backend: str) -> None:
+    row = row_of(everyone, backend)
+    assert not row.excluded
+    assert row.task_accuracy >= 0.97
+    assert row.task_accuracy == row_of(everyone, "reference").task_accuracy
+    assert 0 < row.latency.best <= row.latency.median <= row.latency.p95
+    assert row.latency.calls >= row.latency.rounds >= 2
+    assert row.throughput > 0
+    assert row.ratio >= 1
+    assert row.build_seconds > 0
+    assert row.version
+    if backend == "reference":
+        assert row.is_reference
+        assert row.errors == ()
+    else:
+        (output,) = row.errors
+        assert output.name == "logits"
+        assert output.elements == 4500
+        assert 0 < output.relative < 1e-5
+        assert output.snr_db > 100
+
+
+def test_the_winner_is_the_fastest_and_says_why(everyone: Comparison) -> None:
+    assert str(everyone.reference) == "reference@cpu"
+    assert everyone.winner == everyone.rows[0].candidate
+    medians = [row.latency.median for row in everyone.rows if row.latency]
+    assert medians == sorted(medians)
+    assert everyone.rows[0].ratio == 1
+    assert str(everyone.rows[1].candidate) in everyone.why
+    lead = medians[1] / medians[0]
+    assert ("within the noise" in everyone.why) == (lead < 1.15)
+    assert everyone.batch == 1
+    assert "450 samples of test.npz with labels" in everyone.data
+    assert "64 samples a call" in everyone.notes[0]
+
+
+def test_a_comparison_is_json_and_text(everyone: Comparison) -> None:
+    told = json.loads(json.dumps(everyone.to_dict(), allow_nan=False))
+    assert told["winner"] == str(everyone.winner)
+    assert told["machine"]["numpy"] == np.__version__
+    assert {row["candidate"] for row in told["candidates"]} == {f"{name}@cpu" for name in ENGINES}
+    assert all(row["latency"]["calls"] > 0 for row in told["candidates"])
+    text = str(everyone)
+    assert f"winner: {everyone.winner}" in text
+    assert "accuracy 9" in text
+
+
+def test_who_cannot_take_part_keeps_the_reason() -> None:
+    comparison = compare(DIGITS / "digits.onnx", seconds=0.05)
+    row = row_of(comparison, "tflite")
+    assert "the model is there as onnx only" in row.excluded
+    assert row.latency is None
+    assert row.build_seconds is None
+    assert comparison.data.startswith("random inputs, seed 0: image [1, 1, 8, 8]")
+    assert row_of(comparison, "onnxruntime").task_accuracy is None
+
+
+def test_listed_candidates_fail_one_by_one(model: unirt.Model) -> None:
+    listed = ["nosuch", "openvino@npu:int8", "onnxruntime@cpu", "onnxruntime"]
+    comparison = compare(model, listed, seconds=0.05)
+    assert len(comparison.rows) == 3
+    assert str(comparison.winner) == "onnxruntime@cpu"
+    assert "the only eligible candidate" in comparison.why
+    nosuch = row_of(comparison, "nosuch")
+    assert isinstance(nosuch.error, unirt.BackendUnavailable)
+    assert "There is no backend 'nosuch'." in nosuch.excluded
+    assert isinstance(row_of(comparison, "openvino").error, unirt.BackendUnavailable)
+
+
+def test_nobody_left_means_no_winner(model: unirt.Model) -> None:
+    comparison = compare(model, ["nosuch", "openvino@npu"], TEST)
+    assert comparison.winner is None
+    assert comparison.reference is None
+    assert comparison.why.startswith("none of the 2 candidates is eligible")
+
+
+def test_a_batch_counts_in_samples(model: unirt.Model) -> None:
+    comparison = compare(model, ["onnxruntime"], TEST, batch=30, seconds=0.1)
+    (row,) = comparison.rows
+    assert comparison.batch == 30
+    assert comparison.notes == ()
+    assert row.throughput >= 30 / row.latency.mean * 0.999
+    randomly = compare(model, ["onnxruntime"], batch=3, seconds=0.05)
+    assert randomly.batch == 3
+    assert "image [3, 1, 8, 8]" in randomly.data
+    with pytest.raises(unirt.DataError, match="batches of 3"):
+        compare(model, ["onnxruntime"], {"image": np.zeros((2, 1, 1, 8, 8), "f4")}, batch=3)
+
+
+@pytest.mark.parametrize("network", sorted(NETWORKS))
+def test_every_network_of_the_conformance_suite_compares(network: str) -> None:
+    case = NETWORKS[network]
+    listed = ["onnxruntime", "openvino", "reference"]
+    comparison = compare(case.model(("onnx",)), listed, seconds=0.03)
+    for row in comparison.rows:
+        assert row.latency, row.excluded
+        assert not row.excluded
+    assert comparison.winner
+
+
+def test_options_reach_their_engine_and_wrong_ones_are_the_callers_mistake(
+    model: unirt.Model,
+) -> None:
+    chosen = {"onnxruntime": {"threads": 1}}
+    assert compare(model, ["onnxruntime"], seconds=0.03, options=chosen).winner
+    for options, told in (
+        ({"onnxruntime": {"thread": 1}}, "Did you mean 'threads'"),
+        ({"openvino": {}}, "options for 'openvino'"),
+        ({"onnxruntime": 3}, "takes a mapping"),
+    ):
+        with pytest.raises(unirt.OptionError, match=told):
+            compare(model, ["onnxruntime"], options=options)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_error": -1}, {"max_error": float("nan")}, {"batch": 0}, {"seconds": 0}, {"seed": -1}],
+)
+def test_arguments_are_checked(model: unirt.Model, wrong: Mapping[str, Any]) -> None:
+    with pytest.raises(unirt.OptionError):
+        compare(model, ["onnxruntime"], **wrong)
+
+
+def test_a_bad_model_bad_data_and_a_bad_candidate_raise(model: unirt.Model) -> None:
+    with pytest.raises(unirt.ModelNotFound):
+        compare("nosuch.onnx")
+    with pytest.raises(unirt.CandidateError):
+        compare(model, ["Not A Candidate"])
+    with np.load(TEST) as arrays:
+        image, labels = arrays["image"], arrays["labels"]
+    for data, told in (
+        ({"image": image, "labels": labels + 1}, "A label is 10.*has 10 classes"),
+        ({"image": image, "labels": np.stack([labels, labels], 1)}, "fit no output"),
+        ({"image": image[:9], "labels": labels}, "unequal length"),
+        (DIGITS / "digits.onnx", "no .npz or .npy file"),
+    ):
+        with pytest.raises(unirt.DataError, match=told):
+            compare(model, ["onnxruntime"], data)
+
+
+# --- the gate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("scaled", r"not eligible: error 5\.0e-01 > 0\.01 against reference@cpu"),
+        ("nan", "not eligible: error inf > 0.01"),
+        ("shape", r"'logits' is float32 \[1, 10, 1\], and the reference's is float32 \[1, 10\]"),
+        ("dtype", r"'logits' is float64"),
+        ("name", "its outputs are other, and the reference's are logits"),
+        ("raises", "the vendor is out of luck"),
+    ],
+)
+def test_wrong_answers_cannot_win(bent: Path, model: unirt.Model, how: str, told: str) -> None:
+    listed, options = ["bent", "onnxruntime"], {"bent": {"how": how}}
+    comparison = compare(model, listed, TEST, seconds=0.05, options=options)
+    row = row_of(comparison, "bent")
+    assert str(comparison.winner) == "onnxruntime@cpu"
+    np.testing.assert_(not comparison.to_dict()["candidates"][1]["eligible"])
+    assert unirt.Candidate.parse("bent@cpu") == comparison.rows[1].candidate
+    import re
+
+    assert re.search(told, row.excluded)
+    assert (row.latency is not None) == (how in ("scaled", "nan"))
+    if how == "raises":
+        assert isinstance(row.error, unirt.BackendError)
+        assert isinstance(row.error.__cause__, RuntimeError)
+
+
+def test_the_limit_decides(bent: Path, model: unirt.Model) -> None:
+    options = {"bent": {"how": "scaled"}}
+    loose = compare(model, ["bent"], TEST, seconds=0.05, options=options, max_error=0.51)
+    assert str(loose.winner) == "bent@cpu"
+    assert "is within 0.51" in loose.why
+    strict = compare(model, ["bent"], TEST, seconds=0.05, options=options, max_error=0.49)
+    assert strict.winner is None
+    # Scaling all of an image's logits changes no decision, and the labels tell.
+    assert strict.rows[0].task_accuracy >= 0.97
+
+
+def test_answers_are_judged_as_timed_where_larger_calls_go_wrong(
+    bent: Path, model: unirt.Model
+) -> None:
+    options = {"bent": {"how": "batch"}}
+    comparison = compare(model, ["bent", "onnxruntime"], TEST, seconds=0.05, options=options)
+    assert row_of(comparison, "bent").excluded == ""
+    assert row_of(comparison, "bent").task_accuracy >= 0.97
+    batched = compare(model, ["bent"], TEST, seconds=0.05, options=options, batch=2)
+    assert "not eligible" in batched.rows[0].excluded
+
+
+def test_one_that_fails_while_timed_is_out(bent: Path, model: unirt.Model) -> None:
+    options = {"bent": {"how": "late"}}
+    comparison = compare(model, ["bent", "onnxruntime"], TEST, seconds=0.05, options=options)
+    assert "out of luck" in row_of(comparison, "bent").excluded
+    assert str(comparison.winner) == "onnxruntime@cpu"
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+
+def test_a_named_reference_need_not_take_part(model: unirt.Model) -> None:
+    comparison = compare(model, ["onnxruntime"], TEST, reference="tflite", seconds=0.05)
+    assert str(comparison.reference) == "tflite@cpu"
+    assert len(comparison.rows) == 1
+    assert 0 < comparison.rows[0].output_error < 1e-5
+
+
+def test_a_named_reference_that_fails_is_an_error(bent: Path, model: unirt.Model) -> None:
+    with pytest.raises(unirt.BackendUnavailable):
+        compare(model, ["onnxruntime"], reference="openvino@npu")
+    options = {"bent": {"how": "raises"}}
+    for listed in (["onnxruntime"], ["onnxruntime", "bent"]):
+        with pytest.raises(unirt.BackendError, match="out of luck"):
+            compare(model, listed, TEST, reference="bent", options=options)
+
+
+def test_a_model_too_large_for_numpy_is_judged_by_onnxruntime() -> None:
+    wide = {"image": np.zeros((6_000, 1, 8, 8), np.float32)}
+    comparison = compare(DIGITS / "digits.onnx", ["openvino"], wide, seconds=0.05)
+    assert str(comparison.reference) == "onnxruntime@cpu"
+    assert "too large for the NumPy oracle" in comparison.notes[0]
+
+
+def test_without_a_trusted_engine_the_first_that_runs_is_the_reference() -> None:
+    comparison = compare(DIGITS / "digits.tflite", ["openvino", "tflite"], TEST, seconds=0.05)
+    assert comparison.reference in {row.candidate for row in comparison.rows}
+    assert comparison.winner
