@@ -27,7 +27,7 @@ ORDER = [
     {"selector"},
     {"loading"},
     {"data", "measure", "accuracy"},
-    {"compare"},
+    {"comparison"},
     {"cli", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

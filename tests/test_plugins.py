@@ -161,7 +161,8 @@ def test_the_guides_plugin_installs_into_a_venv_and_passes_the_suite(tmp_path: P
     (package / "test_toy.py").write_text(block("python", "`test_toy.py`"))
     home = tmp_path / "venv"
     venv.create(home)
-    interpreter = str(next(home.glob("*/python*")))
+    scripts = home / ("Scripts" if sys.platform == "win32" else "bin")
+    interpreter = str(scripts / "python")
     (site,) = home.glob("**/site-packages")
     # What this interpreter has, the new one sees too: no download in a test.
     parents = [path for path in sys.path if path.endswith("site-packages")]

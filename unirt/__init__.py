@@ -6,6 +6,8 @@ session = unirt.load("model.onnx")
 outputs = session.run({"x": array})
 """
 
+from typing import TYPE_CHECKING, Any
+
 from unirt.arrays import DeviceArray
 from unirt.backend import Backend, Engine
 from unirt.devices import host_devices
@@ -32,6 +34,9 @@ from unirt.selector import Selection
 from unirt.session import Binding, Session
 from unirt.types import CPU, Availability, Candidate, Device, TensorSpec
 
+if TYPE_CHECKING:
+    from unirt.comparison import Comparison, compare
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -45,6 +50,7 @@ __all__ = [
     "Candidate",
     "CandidateError",
     "ClosedError",
+    "Comparison",
     "DataError",
     "Decision",
     "Device",
@@ -65,6 +71,7 @@ __all__ = [
     "UnirtError",
     "backends",
     "build",
+    "compare",
     "devices",
     "hookimpl",
     "host_devices",
@@ -72,3 +79,12 @@ __all__ = [
     "option",
     "select",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Who measures can wait for it; who only runs a model should not.
+    if name in ("Comparison", "compare"):
+        from unirt import comparison
+
+        return getattr(comparison, name)
+    raise AttributeError(f"module 'unirt' has no attribute {name!r}")

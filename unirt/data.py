@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,19 +20,6 @@ Shapes: TypeAlias = Mapping[str, int | Sequence[int]]
 DataSource: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Array"
 
 LABELS = "labels"
-
-# What reading a damaged or hostile .npy or .npz raises, by way of numpy, zipfile and zlib.
-_UNREADABLE = (
-    ValueError,
-    OSError,
-    EOFError,
-    KeyError,
-    MemoryError,
-    RuntimeError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclass(frozen=True)
@@ -344,6 +329,9 @@ def read_arrays(path: Path, only: set[str] | None = None) -> dict[str, Array] | 
             "Check the path; data is a .npz or .npy file.",
             path=path,
         )
+    import zipfile
+    import zlib
+
     try:
         with path.open("rb") as stream:
             if zipfile.is_zipfile(stream):
@@ -353,7 +341,17 @@ def read_arrays(path: Path, only: set[str] | None = None) -> dict[str, Array] | 
             return array
     except DataError:
         raise
-    except _UNREADABLE as error:
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        RuntimeError,  # NotImplementedError too: encrypted, or packed in a way zipfile lacks
+        SyntaxError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         pickled = "allow_pickle" in str(error)
         raise DataError(
             f"{path.name} cannot be read.",
@@ -366,6 +364,8 @@ def read_arrays(path: Path, only: set[str] | None = None) -> dict[str, Array] | 
 
 
 def _read_npz(path: Path, only: set[str] | None) -> dict[str, Array]:
+    import zipfile
+
     with zipfile.ZipFile(path) as archive:
         size = sum(info.file_size for info in archive.infolist())
     available = host_devices()[0].facts.get("available_memory_bytes")

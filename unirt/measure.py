@@ -10,14 +10,12 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import platform
 import random
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -241,6 +239,9 @@ def garbage_kept() -> Iterator[None]:
 
 def machine() -> dict[str, Any]:
     """The facts about this machine without which a latency means nothing. JSON-able."""
+    import platform
+    from importlib.metadata import version
+
     cpu, *gpus = host_devices()
     return {
         "cpu": cpu.name,

@@ -34,8 +34,8 @@ from unirt.cli.terminal import (
     telling,
     three_digits,
 )
-from unirt.compare import Comparison, Result
-from unirt.compare import compare as measure_candidates
+from unirt.comparison import Comparison, Result
+from unirt.comparison import compare as measure_candidates
 from unirt.model import Model
 from unirt.types import Candidate
 
