@@ -26,8 +26,8 @@ WRAPS = "openvino computes int64 in 32 bits; UniRT refuses what does not fit"
 class TestOpenVINO(BackendConformance):
     device = "cpu"
     known_failures = {
-        "answers_as_numpy_does[long]": WRAPS,
-        "bind_runs_from_and_into_fixed_buffers[long]": WRAPS,
+        "answers_as_numpy_does[wide]": WRAPS,
+        "bind_runs_from_and_into_fixed_buffers[wide]": WRAPS,
     }
 
     @pytest.fixture(scope="class")

@@ -22,18 +22,21 @@ OPSET, IR_VERSION = 17, 8  # old enough for every engine
 
 @dataclass(frozen=True)
 class Network:
-    """A tiny model and what it must answer. `sample(n, seed)` gives inputs with batch size n."""
+    """A tiny model and what it must answer. `sample(n, seed)` gives inputs with batch size n;
+    `graph` is the network whose graph it shares, if not one of its own.
+    """
 
     name: str
     sample: Callable[[int, int], Arrays]
     answer: Callable[[Mapping[str, Array]], Arrays]
     rtol: float = 1e-5
+    graph: str = ""
 
     def model(self, formats: Sequence[str]) -> Model:
         """The network in the first of these formats."""
         if "onnx" in formats:
-            return Model(onnx_bytes(self.name))
-        return Model(tflite=tflite_network(self.name, weights=WEIGHTS))
+            return Model(onnx_bytes(self.graph or self.name))
+        return Model(tflite=tflite_network(self.graph or self.name, weights=WEIGHTS))
 
     def check(self, inputs: Mapping[str, Array], outputs: Mapping[str, Any]) -> None:
         expected = self.answer(inputs)
@@ -94,9 +97,16 @@ NETWORKS = {
         ),
         Network(
             "long",
+            lambda n, seed: {"x": np.random.default_rng(seed).integers(-(2**30), 2**30, (n, 3))},
+            lambda i: {"y": i["x"] + i["x"]},
+            rtol=0,
+        ),
+        Network(
+            "wide",  # beyond 32 bits
             lambda n, seed: {"x": np.random.default_rng(seed).integers(-(2**60), 2**60, (n, 3))},
             lambda i: {"y": i["x"] + i["x"]},
             rtol=0,
+            graph="long",
         ),
         Network(
             "scalar",
