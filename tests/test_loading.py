@@ -13,6 +13,7 @@ import unirt
 from unirt import plugins
 from unirt.plugins import Plugin
 from unirt.testing import NETWORKS
+from unirt.testing.networks import onnx_bytes
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "digits"
 TEST = np.load(EXAMPLE / "test.npz")
@@ -188,3 +189,29 @@ def test_an_error_survives_pickling_with_its_facts() -> None:
     assert again.facts == caught.value.facts
     assert again.extra == ["z"]
     assert isinstance(again, ValueError)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "reference"])
+def test_weights_beside_the_model_are_found_and_watched(backend: str, tmp_path: Path) -> None:
+    import onnx
+
+    case = NETWORKS["heavy"]
+    path, weights = tmp_path / "heavy.onnx", tmp_path / "weights.bin"
+    onnx.save(
+        onnx.load_from_string(onnx_bytes("heavy")),
+        path,
+        save_as_external_data=True,
+        location=weights.name,
+        size_threshold=0,
+    )
+    model = unirt.Model(path)
+    before = model.hash
+    inputs = case.sample(3, 0)
+    with unirt.load(model, backend) as session:
+        case.check(inputs, session.run(inputs))
+    flipped = bytearray(weights.read_bytes())
+    flipped[100] ^= 1
+    weights.write_bytes(flipped)
+    with pytest.raises(unirt.ModelError, match="changed"):
+        unirt.load(model, backend)
+    assert unirt.Model(path).hash != before

@@ -19,13 +19,12 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, final
 
 from unirt.errors import BackendUnavailable, BuildError, UnirtError
 from unirt.model import Model, ModelFile, ModelSource
 from unirt.options import Options
-from unirt.session import Session, closed_error, failed_error
+from unirt.session import ClosesOnExit, Session, closed_error, failed_error
 from unirt.types import Availability, Candidate, Device, TensorSpec
 
 
@@ -140,7 +139,7 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}." if text and text[-1] not in ".!?" else text
 
 
-class Engine(abc.ABC):
+class Engine(ClosesOnExit):
     """A compiled model. Opens sessions; closing it closes them.
 
     Thread-safe. A backend may set `_inputs`, `_outputs` where its own specs know more than the
@@ -162,7 +161,7 @@ class Engine(abc.ABC):
     def _new_session(self) -> Session:
         """A running instance of this engine."""
 
-    def _close(self) -> None:  # noqa: B027 - optional
+    def _close(self) -> None:
         """Free what the engine holds. Called once, after all its sessions are closed."""
 
     @final
@@ -226,17 +225,6 @@ class Engine(abc.ABC):
         for session in list(self._sessions):
             session.close()
         self._close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<unirt.Engine {self.candidate} of {self.model.name!r}>"

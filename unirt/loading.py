@@ -22,6 +22,8 @@ from unirt.types import Candidate, Device
 OptionValues = Mapping[str, object] | Options
 Candidates = str | Candidate | Sequence[str | Candidate]
 
+How = Literal["ranked", "listed", "named", "environment"]
+
 # How a candidate's precision is called in the tensors of a graph.
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 
@@ -103,7 +105,7 @@ class Decision:
     """
 
     candidate: Candidate
-    how: Literal["ranked", "listed", "named", "environment"]
+    how: How
     attempts: tuple[Attempt, ...]
     selection: Selection
 
@@ -140,32 +142,22 @@ def load(
     Closing the session frees the engine. Raises NoBackend with every reason when none is left.
     """
     model = Model.open(model)
-    environment = os.environ.get("UNIRT_BACKEND", "").strip()
-    how: Literal["ranked", "listed", "named", "environment"] = "ranked"
-    if candidate is None and environment:
-        how, candidate = "environment", environment
-    elif isinstance(candidate, str | Candidate):
-        how = "named"
-    elif candidate is not None:
-        how = "listed"
-    if isinstance(candidate, str | Candidate):
-        named = Candidate.parse(candidate)
-        flat = options
-        if how == "environment":
-            flat = _options_of(named, options)
-        session = _open(model, named, flat)
-        ranking = rank(model.name, [_facts(model, named)])
-        session.decision = Decision(named, how, (Attempt(named),), ranking)
-        return session
-    selection = select(model, candidate)
+    how, wanted = _wish(candidate)
+    firm = how in ("named", "environment")
+    selection = select(model, wanted)
     order = selection.candidates
-    if candidate is not None:
-        order = tuple(c for c in _listed(candidate) if c in selection.candidates)
+    if (
+        wanted is not None
+    ):  # their own order, and what was named firmly is tried whatever the rules say
+        order = tuple(one for one in wanted if firm or one in selection.candidates)
     attempts: list[Attempt] = []
     for one in order:
         try:
-            session = _open(model, one, _options_of(one, options))
+            own = options if how == "named" else _options_of(one, options)
+            session = _open(model, one, own)
         except (BackendError, BackendUnavailable) as error:
+            if firm:
+                raise
             attempts.append(Attempt(one, error))
             _warn("%s falls out: %s", one, error)
             continue
@@ -179,6 +171,14 @@ def load(
         "Install one, for example pip install 'unirt[cpu]'; `unirt doctor` shows what is here.",
         reasons=reasons,
     )
+
+
+def _wish(candidate: Candidates | None) -> tuple[How, list[Candidate] | None]:
+    """What the caller asks for, or the environment where the caller leaves it open."""
+    environment = os.environ.get("UNIRT_BACKEND", "").strip()
+    if candidate is None:
+        return ("environment", _listed(environment)) if environment else ("ranked", None)
+    return ("named" if isinstance(candidate, str | Candidate) else "listed"), _listed(candidate)
 
 
 def _warn(text: str, *values: object) -> None:

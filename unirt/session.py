@@ -42,7 +42,27 @@ def failed_error(doing: str, engine: Engine, error: BaseException) -> BackendErr
     )
 
 
-class Session(abc.ABC):
+class ClosesOnExit(abc.ABC):
+    """A `with` block closes it at its end."""
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
+
+    @final
+    def __enter__(self) -> Self:
+        return self
+
+    @final
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Session(ClosesOnExit):
     """A running engine. Every public method is safe to call from many threads.
 
     A backend that allows `_run` from several threads at once says `concurrent = True`; otherwise
@@ -63,7 +83,7 @@ class Session(abc.ABC):
         arrays that nobody else will write to.
         """
 
-    def _close(self) -> None:  # noqa: B027 - optional
+    def _close(self) -> None:
         """Free what the session holds. Called once; no `_run` is or will be running."""
 
     @final
@@ -279,17 +299,6 @@ class Session(abc.ABC):
         if self._owns_engine:
             self.engine.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"<unirt.Session {self.engine.candidate} of {self.engine.model.name!r}>"
 
@@ -402,7 +411,7 @@ def _check_buffer(name: str, value: Any, *, writable: bool) -> None:
     )
 
 
-class Binding:
+class Binding(ClosesOnExit):
     """Fixed input and output buffers of one session. One run at a time; others wait.
 
     `inputs` and `outputs` are the buffers themselves: write into the first, read the second after
@@ -441,17 +450,6 @@ class Binding:
 
     def _raise_closed(self) -> None:
         raise closed_error("binding", self.session.engine)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @runtime_checkable

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -218,18 +217,6 @@ def test_bfloat16_goes_in_and_comes_out() -> None:
         binding = session.bind({"x": x})
         x[:] = 3
         np.testing.assert_array_equal(binding.run()["y"], x)
-
-
-def test_weights_beside_the_model_are_found(tmp_path: Path) -> None:
-    import onnx
-
-    model = onnx.load_from_string(NETWORKS["heavy"].model(["onnx"]).primary.read())
-    path = tmp_path / "heavy.onnx"
-    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
-    case = NETWORKS["heavy"]
-    inputs = case.sample(3, 0)
-    with unirt.load(path, "onnxruntime") as session:
-        case.check(inputs, session.run(inputs))
 
 
 def test_config_reaches_onnxruntime() -> None:
