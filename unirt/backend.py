@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
-from unirt.errors import BackendUnavailable, BuildError, UnirtError
+from unirt.errors import BackendUnavailable, BuildError, UnirtError, sentence
 from unirt.model import Model, ModelFile, ModelSource
 from unirt.options import Options
 from unirt.session import ClosesOnExit, Session, closed_error, failed_error
@@ -116,8 +116,8 @@ class Backend(abc.ABC):
         if not availability.available:
             raise BackendUnavailable(
                 f"{candidate} cannot be used here.",
-                _sentence(availability.reason),
-                _sentence(availability.hint),
+                sentence(availability.reason),
+                sentence(availability.hint),
                 backend=self.name,
                 device=wanted,
             )
@@ -127,16 +127,12 @@ class Backend(abc.ABC):
             offered = ", ".join(map(str, availability.devices))
             raise BackendUnavailable(
                 f"{candidate} cannot be used here.",
-                _sentence(availability.missing.get(kind, f"{self.name} reports no such device")),
+                sentence(availability.missing.get(kind, f"{self.name} reports no such device")),
                 f"It offers: {offered}.",
                 backend=self.name,
                 device=wanted,
             )
         return device
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}." if text and text[-1] not in ".!?" else text
 
 
 class Engine(ClosesOnExit):
@@ -207,11 +203,11 @@ class Engine(ClosesOnExit):
                 raise closed_error("engine", self)
             try:
                 session = self._new_session()
+                session._attach(self)
             except UnirtError:
                 raise
             except Exception as error:
                 raise failed_error("open a session of", self, error) from error
-            session._attach(self)
             self._sessions.add(session)
         return session
 

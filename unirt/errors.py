@@ -19,6 +19,11 @@ Each says in three sentences what happened, why, and what to do, and keeps the f
 from __future__ import annotations
 
 
+def sentence(text: str) -> str:
+    """A reason or hint as a sentence of its own: a capital first, a full stop last."""
+    return f"{text[0].upper()}{text[1:]}{'' if text[-1] in '.!?' else '.'}" if text else ""
+
+
 class UnirtError(Exception):
     """The root of all errors that UniRT raises on purpose.
 

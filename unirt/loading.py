@@ -11,7 +11,14 @@ from typing import Any, Literal
 from unirt import plugins
 from unirt.backend import Backend, Engine
 from unirt.devices import host_devices
-from unirt.errors import BackendError, BackendUnavailable, NoBackend, OptionError, UnirtError
+from unirt.errors import (
+    BackendError,
+    BackendUnavailable,
+    NoBackend,
+    OptionError,
+    UnirtError,
+    sentence,
+)
 from unirt.model import Model, ModelFile, ModelSource
 from unirt.options import Options
 from unirt.plugins import Plugin
@@ -82,7 +89,7 @@ def build(
     if problem:
         raise BackendUnavailable(
             f"{candidate} cannot run {model.name!r}.",
-            f"{problem}.",
+            sentence(problem),
             f"To run the graph as it is, name {replace(candidate, precision=None)}.",
             backend=candidate.backend,
             precision=candidate.precision,
@@ -245,8 +252,8 @@ def _backend(name: str) -> Backend:
     if plugin.backend is None:
         raise BackendUnavailable(
             f"The backend {name!r} of {plugin.distribution} cannot be loaded.",
-            f"{plugin.failure[0].upper()}{plugin.failure[1:]}.",
-            f"{plugin.hint[0].upper()}{plugin.hint[1:]}.",
+            sentence(plugin.failure),
+            sentence(plugin.hint),
             backend=name,
         )
     return plugin.backend
