@@ -20,7 +20,7 @@ ORDER = [
     {"types", "errors"},
     {"options", "dlpack"},
     {"arrays", "formats"},
-    {"model", "devices", "pool"},
+    {"model", "devices", "pool", "guard"},
     {"session"},
     {"backend"},
     {"plugins"},

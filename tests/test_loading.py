@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,18 +137,33 @@ def test_the_environment_overrides_the_choice(monkeypatch: pytest.MonkeyPatch) -
         assert session.decision.how == "environment"
     with unirt.load(EXAMPLE / "digits.onnx", "onnxruntime") as session:
         assert session.engine.backend.name == "onnxruntime"
+    monkeypatch.setenv("UNIRT_BACKEND", "Warp 9")
+    with pytest.raises(unirt.CandidateError, match="UNIRT_BACKEND"):
+        unirt.load(EXAMPLE / "digits.onnx")
     monkeypatch.setenv("UNIRT_BACKEND", "warp@cpu")
     with pytest.raises(unirt.BackendUnavailable, match="warp"):
         unirt.load(EXAMPLE / "digits.onnx")
 
 
 def test_options_without_a_named_candidate_say_whose_they_are() -> None:
-    with unirt.load(EXAMPLE / "digits.onnx", options={"onnxruntime": {"threads": 1}}) as session:
-        assert session.engine.options.changed() in ({"threads": 1}, {})
+    wanted, options = ["onnxruntime", "openvino"], {"onnxruntime": {"threads": 1}}
+    with unirt.load(EXAMPLE / "digits.onnx", wanted, options=options) as session:
+        assert session.engine.options.changed() == {"threads": 1}
     with pytest.raises(unirt.OptionError, match="which backend"):
         unirt.load(EXAMPLE / "digits.onnx", options={"threads": 1})
-    with pytest.raises(unirt.OptionError, match="thread"):
-        unirt.load(EXAMPLE / "digits.onnx", options={"onnxruntime": {"thread": 1}})
+    for backend in ("onnxruntime", "openvino"):  # the one that loses is checked too
+        with pytest.raises(unirt.OptionError, match="thread"):
+            unirt.load(EXAMPLE / "digits.onnx", options={backend: {"thread": 1}})
+    for wrong in ([1], 5, {"onnxruntime": 5}):
+        with pytest.raises(unirt.OptionError):
+            unirt.load(EXAMPLE / "digits.onnx", options=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [[], 5, "", ["onnxruntime", 7]])
+def test_what_is_no_list_of_candidates_is_refused(wrong: Any) -> None:
+    for ask in (unirt.load, unirt.select):
+        with pytest.raises(unirt.CandidateError):
+            ask(EXAMPLE / "digits.onnx", wrong)
 
 
 def test_a_precision_the_graph_does_not_have_is_refused_with_the_reason() -> None:

@@ -82,7 +82,9 @@ def test_an_unknown_name_lists_the_valid_ones_and_the_nearest() -> None:
 
 def test_an_instance_passes_through_and_another_class_does_not() -> None:
     mine = Sample(threads=2)
-    assert Sample.parse(mine) is mine
+    assert Sample.parse(mine) == mine
+    with pytest.raises(OptionError, match="threads"):
+        Sample.parse(Sample(threads=-1))
     assert mine.changed() == {"threads": 2}
     with pytest.raises(OptionError):
         Sample.parse(Options())

@@ -134,6 +134,41 @@ def test_a_probe_that_raises_is_a_reason(tmp_path: Path) -> None:
     assert "OSError: driver too old" in found
 
 
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("raise SystemExit(7)", "raised SystemExit: 7"),
+        ("return None", "returned NoneType"),
+        ("import time; time.sleep(30)", "took longer than 2 s"),
+    ],
+)
+def test_a_probe_that_exits_hangs_or_says_nothing_is_a_reason(
+    tmp_path: Path, body: str, told: str
+) -> None:
+    code = GOOD.replace('return unirt.Availability.yes("1.0")', body)
+    install(tmp_path, "unirt-good", "unirt_good", code)
+    show = "import unirt; print([p.availability.reason for p in unirt.backends()])"
+    assert told in python(tmp_path, show, UNIRT_PROBE_TIMEOUT="2")
+
+
+@pytest.mark.parametrize("body", ["raise SystemExit(9)", "return None"])
+def test_a_compile_that_exits_or_returns_nothing_is_a_build_error(
+    tmp_path: Path, body: str
+) -> None:
+    code = GOOD.replace('raise ValueError("compiles nothing")', body)
+    install(tmp_path, "unirt-good", "unirt_good", code)
+    ask = (
+        f"import unirt\ntry: unirt.load({str(ROOT / 'examples/digits/digits.onnx')!r}, 'good')\n"
+        "except unirt.BuildError as error: print('refused', error)"
+    )
+    assert "refused good could not compile" in python(tmp_path, ask)
+
+
+def test_a_plugin_whose_name_no_candidate_can_spell_is_refused(tmp_path: Path) -> None:
+    install(tmp_path, "unirt-bad", "unirt_bad", GOOD.replace('"good"', '"Bad Name"'), "Bad Name")
+    assert "is not a candidate" in listed(tmp_path)["Bad Name"][0][1]
+
+
 def test_loading_a_broken_backend_by_name_says_what_broke(tmp_path: Path) -> None:
     install(tmp_path, "unirt-bad", "unirt_bad", "raise RuntimeError('half installed')")
     code = (

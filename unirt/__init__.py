@@ -25,13 +25,13 @@ from unirt.errors import (
     OptionError,
     UnirtError,
 )
-from unirt.loading import Decision, backends, build, devices, load, select
+from unirt.loading import Attempt, Decision, backends, build, devices, load, select
 from unirt.model import Model, ModelFile
 from unirt.options import Options, option
-from unirt.plugins import hookimpl
+from unirt.plugins import Plugin, hookimpl
 from unirt.pool import Pool
 from unirt.selector import Selection
-from unirt.session import Binding, Session
+from unirt.session import Binding, Session, SupportsBind, SupportsDeviceArrays
 from unirt.types import CPU, Availability, Candidate, Device, TensorSpec
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CPU",
+    "Attempt",
     "Availability",
     "Backend",
     "BackendError",
@@ -64,9 +65,12 @@ __all__ = [
     "NoBackend",
     "OptionError",
     "Options",
+    "Plugin",
     "Pool",
     "Selection",
     "Session",
+    "SupportsBind",
+    "SupportsDeviceArrays",
     "TensorSpec",
     "UnirtError",
     "backends",

@@ -26,7 +26,7 @@ class OutputError:
     max |got - reference| / max |reference|; None for strings. `snr_db` is the ratio of signal to
     noise, 10 log10(sum reference^2 / sum (got - reference)^2), in dB: infinite for equal answers;
     None for what is not a float. `differing` is the share of elements, 0 to 1, that are not equal;
-    None for floats.
+    None for floats. `levels` is true for integers of up to 16 bits, which may be levels of a scale.
     """
 
     name: str
@@ -35,16 +35,19 @@ class OutputError:
     relative: float | None
     snr_db: float | None
     differing: float | None
+    levels: bool = False
 
     @property
     def error(self) -> float:
         """The one number that a gate looks at, 0 for equal answers.
 
-        The relative error for floats; the share of differing elements for bools and strings; the
-        smaller of the two for integers, which may be levels of a scale, or names such as classes.
+        The relative error for floats; the share of differing elements for bools, strings and
+        integers, which may be names such as classes; the smaller of the two for `levels`.
         """
-        told = [value for value in (self.relative, self.differing) if value is not None]
-        return min(told, default=0.0)
+        judged_by = (self.relative, self.differing)
+        if self.differing is not None and not self.levels:
+            judged_by = (None, self.differing)
+        return min((value for value in judged_by if value is not None), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -122,6 +125,7 @@ class ErrorMeter:
                 None if found.kind in ("name", "bool") else found.relative,
                 found.snr_db if found.kind == "float" else None,
                 None if found.kind == "float" else found.share,
+                found.kind == "level",
             )
             for name, found in self._differences.items()
         )
@@ -168,6 +172,7 @@ class _Difference:
 
 
 def _difference(got: Array, reference: Array) -> _Difference:
+    narrow = np.asarray(reference).dtype.itemsize <= 2
     got, reference = _comparable(got), _comparable(reference)
     kind, size = got.dtype.kind, int(got.size)
     if kind in "OSU":
@@ -181,7 +186,7 @@ def _difference(got: Array, reference: Array) -> _Difference:
         high, low = np.maximum(got, reference), np.minimum(got, reference)
         distance = (high.astype(np.uint64) - low.astype(np.uint64)).astype(np.float64)
         size_of = np.abs(reference.astype(np.float64))
-        name = "bool" if kind == "b" else "int"
+        name = "bool" if kind == "b" else "level" if narrow else "int"
         return _summed(name, size, unequal, distance, size_of)
     with np.errstate(all="ignore"):
         same = (got == reference) | (np.isnan(got) & np.isnan(reference))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from unirt import dlpack
 from unirt.errors import InputError
-from unirt.types import Array, TensorSpec, numpy_dtype
+from unirt.types import EXTENDED_DTYPES, Array, TensorSpec, numpy_dtype
 
 
 class DeviceArray:
@@ -50,6 +51,10 @@ class DeviceArray:
 
     def __dlpack__(self, *, stream: object = None, **_: object) -> Any:
         return dlpack.export(self.pointer, self.shape, self.dtype, self.__dlpack_device__(), self)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * numpy_dtype(self.dtype).itemsize
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -142,8 +147,17 @@ def _wrong_names(extra: list[str], missing: list[str], specs: tuple[TensorSpec, 
 
 def to_array(value: Any, spec: TensorSpec, device: str) -> Any:
     """`value` as a NumPy array or a DeviceArray over the same memory. Raises InputError."""
-    if isinstance(value, np.ndarray | DeviceArray):
+    if type(value) is np.ndarray or isinstance(value, DeviceArray):
         return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise InputError(
+            f"Input {spec.name!r} is a masked array.",
+            "No engine knows masks, and dropping this one would use the values it hides.",
+            "Fill it first: array.filled(value).",
+            name=spec.name,
+        )
+    if isinstance(value, np.ndarray):
+        return value.view(np.ndarray)
     if isinstance(value, np.generic):
         return np.asarray(value)
     if not hasattr(value, "__dlpack__"):
@@ -156,7 +170,7 @@ def to_array(value: Any, spec: TensorSpec, device: str) -> Any:
     try:
         kind, index = value.__dlpack_device__()
         if kind in dlpack.HOST_KINDS:
-            return np.from_dlpack(value)
+            return _from_host(value, spec)
         if kind not in (dlpack.CUDA, dlpack.CUDA_MANAGED) or device != "cuda":
             raise InputError(
                 f"Input {spec.name!r} lies in the memory of another device.",
@@ -184,6 +198,29 @@ def to_array(value: Any, spec: TensorSpec, device: str) -> Any:
             name=spec.name,
         )
     return DeviceArray(tensor.pointer, tensor.shape, tensor.dtype, tensor.device_id, tensor)
+
+
+class _HostMemory:
+    """A producer's host tensor of a type that NumPy cannot import itself, as raw integers."""
+
+    def __init__(self, tensor: dlpack.Imported, itemsize: int) -> None:
+        self.owner = tensor
+        self.__array_interface__ = {
+            "shape": tensor.shape,
+            "typestr": f"<u{itemsize}" if itemsize > 1 else "|u1",
+            "data": (tensor.pointer, False),
+            "version": 3,
+        }
+
+
+def _from_host(value: Any, spec: TensorSpec) -> Array:
+    if spec.dtype not in EXTENDED_DTYPES:
+        return np.from_dlpack(value)
+    tensor = dlpack.read(value.__dlpack__())
+    dtype = numpy_dtype(tensor.dtype)
+    if not tensor.contiguous:
+        raise TypeError("it is strided")
+    return np.asarray(_HostMemory(tensor, dtype.itemsize)).view(dtype)
 
 
 def _check_dtype(value: Any, spec: TensorSpec) -> None:

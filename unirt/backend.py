@@ -22,10 +22,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
 from unirt.errors import BackendUnavailable, BuildError, UnirtError, sentence
+from unirt.guard import guarded, limit
 from unirt.model import Model, ModelFile, ModelSource
 from unirt.options import Options
 from unirt.session import ClosesOnExit, Session, closed_error, failed_error
 from unirt.types import Availability, Candidate, Device, TensorSpec
+
+PROBE_SECONDS = 30.0
+"""How long a backend may look for its library; UNIRT_PROBE_TIMEOUT says otherwise."""
 
 
 class Backend(abc.ABC):
@@ -58,12 +62,15 @@ class Backend(abc.ABC):
     def probe(self, *, refresh: bool = False) -> Availability:
         """Whether this engine is usable here, where, and if not why. Never raises; remembered."""
         if self._availability is None or refresh:
-            try:
-                self._availability = self._probe()
-            except Exception as error:  # noqa: BLE001 - a broken vendor library is a line in doctor
+            seconds = limit("UNIRT_PROBE_TIMEOUT", PROBE_SECONDS)
+            found = guarded(self._probe, seconds, f"probe-{self.name}")
+            if isinstance(found.value, Availability):
+                self._availability = found.value
+            else:
+                failure = found.failure or f"returned {type(found.value).__name__}"
                 self._availability = Availability.no(
-                    f"its vendor library fails: {type(error).__name__}: {error}",
-                    f"reinstall it: pip install --force-reinstall 'unirt[{self.name}]'",
+                    f"looking for its vendor library {failure}",
+                    f"reinstall that library: pip install --force-reinstall 'unirt[{self.name}]'",
                 )
         return self._availability
 
@@ -96,9 +103,11 @@ class Backend(abc.ABC):
         started = time.perf_counter()
         try:
             engine = self._compile(file, target, parsed)
+            if not isinstance(engine, Engine):
+                raise TypeError(f"_compile returned {type(engine).__name__}, not an Engine")
         except UnirtError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise BuildError(
                 f"{self.name} could not compile {model.name!r} for {target}.",
                 f"{type(error).__name__}: {error}",
@@ -181,6 +190,7 @@ class Engine(ClosesOnExit):
         self.outputs = _rename(self._outputs or file.outputs, outputs)
         self._lock = threading.Lock()
         self._closed = False
+        self._done = threading.Event()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     inputs: tuple[TensorSpec, ...]
@@ -213,14 +223,27 @@ class Engine(ClosesOnExit):
 
     @final
     def close(self) -> None:
-        """Closes every session, waiting for calls in flight, then the engine. Idempotent."""
+        """Closes every session, waiting for calls in flight, then the engine. Idempotent: every
+        caller waits.
+        """
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        for session in list(self._sessions):
-            session.close()
-        self._close()
+            first, self._closed = not self._closed, True
+        # From a callback of a session's own future nothing can be waited for.
+        if any(session._in_own_worker() for session in list(self._sessions)):
+            if first:
+                threading.Thread(target=self._finish, name="unirt-close").start()
+        elif first:
+            self._finish()
+        else:
+            self._done.wait()
+
+    def _finish(self) -> None:
+        try:
+            for session in list(self._sessions):
+                session.close()
+            self._close()
+        finally:
+            self._done.set()
 
     def __repr__(self) -> str:
         return f"<unirt.Engine {self.candidate} of {self.model.name!r}>"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -19,8 +20,8 @@ from unirt.accuracy import (
     mismatch,
     top1,
 )
-from unirt.data import DataSource, Samples, Shapes, load_samples, random_samples
-from unirt.errors import DataError, OptionError, UnirtError
+from unirt.data import DataSource, Samples, Shapes, samples_for
+from unirt.errors import BackendUnavailable, DataError, OptionError, UnirtError, sentence
 from unirt.loading import Candidates, build, select
 from unirt.measure import Timing, machine, measure, measure_throughput
 from unirt.model import Model, ModelSource
@@ -29,7 +30,7 @@ from unirt.session import Session
 from unirt.types import Candidate
 
 Progress: TypeAlias = Callable[[str, float], None]
-"""Told what is being done, and the share of it that is, 0 to 1."""
+"""Told what is being done (`building x`, `timing calls`), and the share of it that is, 0 to 1."""
 
 JUDGED_ROWS = 64
 """Samples a call while judging answers, where the batch is free."""
@@ -37,8 +38,8 @@ JUDGED_ROWS = 64
 TIMED_FEEDS = 16
 """How many different inputs the timed calls go through."""
 
-NOISE = 0.15
-"""Below this lead, two engines on a machine that does other things too count as equally fast."""
+TIE = 0.15
+"""Below this lead two engines count as equally fast. A convention: the noise is not measured."""
 
 LATENCY_SHARE = 0.75
 # Weights, elements of a sample, operators and samples up to which NumPy answers soon enough.
@@ -50,9 +51,9 @@ class Result:
     """One candidate of a comparison. What was not measured is None, never a guess.
 
     `throughput` is in samples per second, by `stream` (`Session.map`, with several calls in flight)
-    or by `calls` one after the other, whichever gave more. `ratio` is its median latency over the
-    fastest one's of all that were timed. `task_accuracy` is top-1, 0 to 1. `excluded` says why it
-    cannot win, and `error` is the exception behind that, if any.
+    or by `calls` one after the other, whichever gave more. `ratio` is its median latency over that
+    of the fastest eligible one. `task_accuracy` is top-1, 0 to 1. `excluded` says why it cannot
+    win, and `error` is the exception behind that, if any.
     """
 
     candidate: Candidate
@@ -138,8 +139,9 @@ class Comparison:
         for row in self.rows:
             told = []
             if row.latency:
-                median, p95 = row.latency.median * 1e3, row.latency.p95 * 1e3
-                told.append(f"median {median:.4g} ms, p95 {p95:.4g} ms")
+                told.append(f"median {row.latency.median * 1e3:.4g} ms")
+                if row.latency.p95 is not None:
+                    told.append(f"p95 {row.latency.p95 * 1e3:.4g} ms")
             if row.throughput is not None:
                 told.append(f"{row.throughput:,.0f} samples/s")
             if row.is_reference:
@@ -216,14 +218,16 @@ def compare(
     _check_arguments(max_error, batch, seconds, seed)
     named_reference = None if reference is None else Candidate.parse(reference)
     entrants = _entrants(model, candidates)
+    for row in select(model, named_reference).rows if named_reference else ():
+        if row.excluded:
+            what = f"{row.candidate} cannot be the reference."
+            raise BackendUnavailable(
+                what, sentence(row.excluded), sentence(row.hint or "name another")
+            )
     _check_options(entrants, named_reference, options)
     tell = progress or (lambda _what, _share: None)
-    if data is None:
-        samples = random_samples(
-            model.inputs, model.outputs, calls=TIMED_FEEDS, seed=seed, batch=batch, shapes=shapes
-        )
-    else:
-        samples = load_samples(model.inputs, data)
+    ins, outs = model.inputs, model.outputs
+    samples = samples_for(ins, outs, data, calls=TIMED_FEEDS, seed=seed, batch=batch, shapes=shapes)
     size = samples.call_size(batch)
     suits = oracle_suits(model, samples)
     notes: list[str] = []
@@ -258,18 +262,22 @@ def compare(
 
 
 def _check_arguments(max_error: float, batch: int | None, seconds: float, seed: int) -> None:
-    for name, value, fits, least in (
-        ("max_error", max_error, max_error >= 0, "at least 0"),
-        ("batch", batch, batch is None or batch >= 1, "at least 1"),
-        ("seconds", seconds, 0 < seconds < math.inf, "more than 0, and finite"),
-        ("seed", seed, seed >= 0, "at least 0"),
-    ):
-        if not fits:
+    checks: tuple[tuple[str, Any, type, Callable[[Any], bool], str], ...] = (
+        ("max_error", max_error, Real, lambda it: it >= 0, "a number, at least 0"),
+        ("batch", 1 if batch is None else batch, Integral, lambda it: it >= 1, "a count, from 1"),
+        ("seconds", seconds, Real, lambda it: 0 < it < math.inf, "more than 0, and finite"),
+        ("seed", seed, Integral, lambda it: it >= 0, "a whole number, at least 0"),
+    )
+    for name, value, kind, fits, told in checks:
+        if not isinstance(value, kind) or not fits(value):
             what = f"A comparison cannot have {name}={value!r}."
-            raise OptionError(what, f"It is {least}.", "Change it or leave it out.", option=name)
+            raise OptionError(what, f"It is {told}.", "Change it or leave it out.", option=name)
 
 
 def _entrants(model: Model, candidates: Candidates | None) -> list[_Entrant]:
+    if candidates is not None and not isinstance(candidates, str | Candidate) and not candidates:
+        what, remedy = "The list of candidates is empty.", "Name one, or leave the list out."
+        raise OptionError(what, "A comparison needs at least one.", remedy)
     selection = select(model, candidates)
     entrants: dict[str, _Entrant] = {}
     for row in selection.rows:
@@ -495,6 +503,7 @@ def _time(
     running = {str(e.candidate): e for e in entrants if e.session}
     sessions = {name: e.session for name, e in running.items() if e.session}
     feeds = samples.feeds(size, TIMED_FEEDS)
+    tell("timing calls", 0.0)
     latencies = measure(
         {name: session.run for name, session in sessions.items()},
         feeds,
@@ -522,7 +531,6 @@ def _time(
 def _rows(
     entrants: Sequence[_Entrant], judge: _Entrant | None, rows_per_call: int, max_error: float
 ) -> tuple[Result, ...]:
-    fastest = min((e.latency.median for e in entrants if e.latency), default=0.0)
     rows = []
     for entrant in entrants:
         errors = entrant.meter.result() if entrant.session and entrant is not judge else ()
@@ -542,7 +550,6 @@ def _rows(
                 latency=entrant.latency,
                 throughput=None if speed is None else speed * rows_per_call,
                 throughput_by=way,
-                ratio=entrant.latency.median / fastest if entrant.latency else None,
                 errors=errors,
                 is_reference=entrant is judge,
                 task_accuracy=entrant.accuracy,
@@ -552,7 +559,12 @@ def _rows(
                 error=entrant.error,
             )
         )
-    return tuple(sorted(rows, key=_place))
+    rows.sort(key=_place)
+    fastest = next((row.latency.median for row in rows if row.latency and not row.excluded), None)
+    return tuple(
+        replace(row, ratio=row.latency.median / fastest) if row.latency and fastest else row
+        for row in rows
+    )
 
 
 def _place(row: Result) -> tuple[bool, bool, float, str]:
@@ -588,11 +600,8 @@ def _verdict(
     lead = latency.median / first.latency.median - 1
     rounds = min(first.latency.rounds, latency.rounds)
     calls = f"medians of {first.latency.calls:,} and {latency.calls:,} calls in {rounds} rounds"
-    if lead < NOISE:
-        faster = (
-            f"{lead:.0%} faster than {second} ({calls}), which is within the noise of such a "
-            "machine: take them as equally fast"
-        )
+    if lead < TIE:
+        faster = f"{lead:.0%} faster than {second} ({calls}): a lead below {TIE:.0%} is a tie here"
     else:
         faster = f"{lead + 1:.1f}x faster than {second} ({calls})"
     return first.candidate, f"{faster}; {right}"

@@ -12,7 +12,7 @@ import numpy as np
 
 from unirt.arrays import admit, describe, to_array
 from unirt.devices import host_devices
-from unirt.errors import DataError, InputError
+from unirt.errors import DataError, InputError, OptionError
 from unirt.types import EXTENDED_DTYPES, Array, TensorSpec
 
 Feed: TypeAlias = dict[str, Array]
@@ -63,6 +63,13 @@ class Samples:
                 "Leave the batch out, or export the model with a dynamic batch axis.",
                 batch=wanted,
             )
+        if fixed is None and wanted > self.count:
+            raise DataError(
+                f"There are fewer samples than the {wanted} of one call.",
+                f"The data holds {self.count}.",
+                "Give a smaller batch, or more samples.",
+                batch=wanted,
+            )
         return fixed or wanted
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -97,6 +104,29 @@ def _rows(value: Array, start: int, size: int, stacked: bool) -> Array:
     if start + size <= len(value):
         return value[start : start + size]
     return value.take(np.arange(start, start + size) % len(value), axis=0)
+
+
+def samples_for(
+    specs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    source: DataSource | None,
+    *,
+    calls: int,
+    seed: int,
+    batch: int | None,
+    shapes: Shapes | None,
+) -> Samples:
+    """`load_samples` of the source, or `random_samples` without one. Raises OptionError too."""
+    if source is None:
+        return random_samples(specs, outputs, calls=calls, seed=seed, batch=batch, shapes=shapes)
+    if shapes:
+        raise OptionError(
+            "Shapes do not go with data.",
+            "They shape random inputs, and the data has its own.",
+            "Leave the data or the shapes out.",
+            shapes=dict(shapes),
+        )
+    return load_samples(specs, source)
 
 
 def load_samples(specs: Sequence[TensorSpec], source: DataSource) -> Samples:
@@ -466,9 +496,14 @@ def _fixed_batch(specs: Sequence[TensorSpec], shared: frozenset[str]) -> int | N
 
 
 def _labels(value: Any) -> Array:
-    labels = np.asarray(value)
     problem = ""
-    if labels.dtype.kind == "f" and np.isnan(labels).any():
+    try:
+        labels = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        labels, problem = np.empty(0), f"they are no array: {error}"
+    if problem:
+        pass
+    elif labels.dtype.kind == "f" and np.isnan(labels).any():
         problem = f"{int(np.isnan(labels).sum())} of them are NaN"
     elif labels.dtype.kind not in "iu":
         problem = f"they are {labels.dtype}"

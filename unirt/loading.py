@@ -14,6 +14,7 @@ from unirt.devices import host_devices
 from unirt.errors import (
     BackendError,
     BackendUnavailable,
+    CandidateError,
     NoBackend,
     OptionError,
     UnirtError,
@@ -151,16 +152,16 @@ def load(
     model = Model.open(model)
     how, wanted = _wish(candidate)
     firm = how in ("named", "environment")
+    nested = None if how == "named" else _nested_options(options)
     selection = select(model, wanted)
     order = selection.candidates
-    if (
-        wanted is not None
-    ):  # their own order, and what was named firmly is tried whatever the rules say
+    if wanted is not None:
+        # Their own order; what was named firmly is tried whatever the rules say.
         order = tuple(one for one in wanted if firm or one in selection.candidates)
     attempts: list[Attempt] = []
     for one in order:
         try:
-            own = options if how == "named" else _options_of(one, options)
+            own = options if nested is None else nested.get(one.backend)
             session = _open(model, one, own)
         except (BackendError, BackendUnavailable) as error:
             if firm:
@@ -183,8 +184,15 @@ def load(
 def _wish(candidate: Candidates | None) -> tuple[How, list[Candidate] | None]:
     """What the caller asks for, or the environment where the caller leaves it open."""
     environment = os.environ.get("UNIRT_BACKEND", "").strip()
+    if candidate is None and environment:
+        try:
+            return "environment", [Candidate.parse(environment)]
+        except CandidateError as error:
+            raise CandidateError(
+                f"UNIRT_BACKEND is {environment!r}.", error.why, error.remedy, text=environment
+            ) from None
     if candidate is None:
-        return ("environment", _listed(environment)) if environment else ("ranked", None)
+        return "ranked", None
     return ("named" if isinstance(candidate, str | Candidate) else "listed"), _listed(candidate)
 
 
@@ -205,14 +213,14 @@ def _open(model: Model, candidate: Candidate, options: OptionValues | None) -> S
     return session
 
 
-def _options_of(
-    candidate: Candidate, options: Mapping[str, object] | Options | None
-) -> OptionValues | None:
-    """The part of nested options that is meant for one candidate's backend."""
+def _nested_options(
+    options: Mapping[str, object] | Options | None,
+) -> dict[str, OptionValues]:
+    """Options by backend, each checked now: a mistake counts even where that backend loses."""
     if options is None:
-        return None
+        return {}
     known = plugins.names()
-    if isinstance(options, Options) or not all(
+    if not isinstance(options, Mapping) or not all(
         key in known and isinstance(value, Mapping | Options) for key, value in options.items()
     ):
         raise OptionError(
@@ -220,14 +228,27 @@ def _options_of(
             "No single candidate was named, and every backend has options of its own.",
             "Pass options={'onnxruntime': {'threads': 4}}, or name a candidate.",
         )
-    chosen = options.get(candidate.backend)
-    return chosen if isinstance(chosen, Mapping | Options) else None
+    nested = {
+        name: value for name, value in options.items() if isinstance(value, Mapping | Options)
+    }
+    for name, values in nested.items():
+        _backend(name).options.parse(values, owner=name)
+    return nested
 
 
 def _listed(candidates: Candidates) -> list[Candidate]:
     if isinstance(candidates, str | Candidate):
         candidates = [candidates]
-    return list(dict.fromkeys(Candidate.parse(text) for text in candidates))
+    found = []
+    if isinstance(candidates, Iterable):
+        found = list(dict.fromkeys(Candidate.parse(text) for text in candidates))
+    if not found:
+        raise CandidateError(
+            f"{candidates!r} names no candidate.",
+            "Candidates are a string, or a list of at least one.",
+            "Name one, or leave it out to have them ranked.",
+        )
+    return found
 
 
 def _every_candidate() -> Iterable[Candidate]:

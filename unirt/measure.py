@@ -32,6 +32,7 @@ ROUNDS = 15
 SETTLING = 0.15
 """The share of each block whose calls do not count; the first one never does."""
 
+P95_CALLS = 20
 PIPELINE_ROUNDS = 3
 WARM_UP_SECONDS = 0.2
 WARM_UP_CALLS = 50
@@ -39,11 +40,14 @@ WARM_UP_CALLS = 50
 
 @dataclass(frozen=True)
 class Timing:
-    """Latencies of single calls, in seconds: over all `calls`, and the median of each round."""
+    """Latencies of single calls, in seconds: over all `calls`, and the median of each round.
+
+    `p95` is None for fewer than 20 calls: none of them is the slowest in twenty.
+    """
 
     calls: int
     median: float
-    p95: float
+    p95: float | None
     best: float
     mean: float
     round_medians: tuple[float, ...]
@@ -55,7 +59,7 @@ class Timing:
         return cls(
             calls=len(every),
             median=float(np.median(every)),
-            p95=float(np.percentile(every, 95)),
+            p95=float(np.percentile(every, 95)) if len(every) >= P95_CALLS else None,
             best=float(every.min()),
             mean=float(every.mean()),
             round_medians=tuple(float(np.median(r)) * 1e-9 for r in rounds),

@@ -50,9 +50,10 @@ class Options:
         Raises OptionError for an unknown name (with the nearest valid one) or a value that does
         not fit.
         """
-        if isinstance(values, cls):
-            return values
         owner = owner or cls.__name__
+        if isinstance(values, cls):
+            # Whoever builds one directly has passed no check yet.
+            values = {f.name: getattr(values, f.name) for f in dataclasses.fields(values)}
         if isinstance(values, Options) or not isinstance(values, Mapping | None):
             raise OptionError(
                 f"The options of {owner} are of type {type(values).__name__}.",
@@ -100,7 +101,7 @@ def _default(field: dataclasses.Field[Any]) -> object:
 
 
 def _unknown(name: str, valid: list[str], owner: str) -> OptionError:
-    near = difflib.get_close_matches(name, valid, n=1)
+    near = difflib.get_close_matches(str(name), valid, n=1)
     guess = f"Did you mean {near[0]!r}? " if near else ""
     return OptionError(
         f"{owner} has no option {name!r}.",
@@ -159,7 +160,10 @@ def _convert(value: object, hint: Any, name: str, owner: str) -> object:
             raise refused
         return number
     if hint is Path and isinstance(value, str | Path):
-        return Path(value).expanduser()
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:  # ~somebody, who has no home here
+            raise refused from None
     if hint is str and isinstance(value, str):
         return value
     if origin is tuple and isinstance(value, str | list | tuple):

@@ -7,7 +7,6 @@ name loads that one only.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING
 import pluggy
 
 from unirt.backend import Backend
-from unirt.types import Availability
+from unirt.guard import guarded, limit
+from unirt.types import Availability, Candidate
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -51,16 +51,12 @@ class Plugin:
         return self.backend.probe()
 
 
-_lock = threading.RLock()
+IMPORT_SECONDS = 5.0
+"""How long one plugin may take to import; UNIRT_PLUGIN_TIMEOUT says otherwise."""
+
+_lock = threading.Lock()
+_locks: dict[str, threading.RLock] = {}
 _loaded: dict[str, Plugin] = {}
-
-
-def timeout_seconds() -> float:
-    """How long one plugin may take to import: 5 s, or `UNIRT_PLUGIN_TIMEOUT`."""
-    try:
-        return float(os.environ["UNIRT_PLUGIN_TIMEOUT"])
-    except (KeyError, ValueError):
-        return 5.0
 
 
 def names() -> tuple[str, ...]:
@@ -74,6 +70,8 @@ def plugin(name: str) -> Plugin | None:
     if entry is None:
         return None
     with _lock:
+        own = _locks.setdefault(name, threading.RLock())
+    with own:  # one that hangs must not keep the others waiting
         if name not in _loaded:
             _loaded[name] = _load(entry)
         return _loaded[name]
@@ -117,26 +115,12 @@ def _distribution(entry: EntryPoint) -> str:
 
 def _load(entry: EntryPoint) -> Plugin:
     source = _distribution(entry)
+    seconds = limit("UNIRT_PLUGIN_TIMEOUT", IMPORT_SECONDS)
+    found = guarded(lambda: _backend_of(entry.load(), entry.name), seconds, entry.name)
+    if found.value is not None:
+        return Plugin(entry.name, source, found.value)
     hint = f"fix it, or pip uninstall {source}"
-    outcome: list[Backend | str] = []
-
-    def attempt() -> None:
-        # In a thread of its own a plugin's KeyboardInterrupt or SystemExit is the plugin's, and
-        # a real Ctrl-C still reaches the main thread.
-        try:
-            outcome.append(_backend_of(entry.load(), entry.name))
-        except BaseException as error:  # noqa: BLE001 - SystemExit at import is a plugin's failure too
-            outcome.append(f"its import raised {type(error).__name__}: {error}")
-
-    worker = threading.Thread(target=attempt, name=f"unirt-plugin-{entry.name}", daemon=True)
-    worker.start()
-    worker.join(timeout_seconds())
-    if not outcome:
-        failure = f"its import took longer than {timeout_seconds():g} s"
-        return Plugin(entry.name, source, failure=failure, hint=hint)
-    if isinstance(outcome[0], Backend):
-        return Plugin(entry.name, source, outcome[0])
-    return Plugin(entry.name, source, failure=outcome[0], hint=hint)
+    return Plugin(entry.name, source, failure=f"its import {found.failure}", hint=hint)
 
 
 def _backend_of(module: object, name: str) -> Backend:
@@ -149,6 +133,7 @@ def _backend_of(module: object, name: str) -> Backend:
     if len(backends) != 1 or not isinstance(backends[0], Backend):
         raise TypeError(f"{module.__name__} has no hookimpl unirt_backend() that returns a Backend")
     backend: Backend = backends[0]
+    Candidate.parse(name)  # a name that no candidate can spell is of no use
     if backend.name != name:
         raise ValueError(f"the entry point is {name!r}, the backend calls itself {backend.name!r}")
     return backend

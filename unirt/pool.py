@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -18,6 +20,8 @@ class Pool(Generic[T]):
     """
 
     def __init__(self, make: Callable[[], T], limit: int) -> None:
+        if limit < 1:
+            raise ValueError(f"a pool of {limit} would wait for ever")
         self._make, self._limit = make, limit
         self._idle: deque[T] = deque()
         self._made = 0
@@ -54,12 +58,20 @@ class Pool(Generic[T]):
             finally:
                 self._waiting -= 1
         try:
-            return self._make()
+            item = self._make()
         except BaseException:
-            with self._changed:
-                self._made -= 1
-                self._changed.notify()
+            self._forget()
             raise
+        # One that a Ctrl-C tears out of its user's hands never comes back: when it dies, another
+        # may be made.
+        with contextlib.suppress(TypeError):
+            weakref.finalize(item, self._forget).atexit = False
+        return item
+
+    def _forget(self) -> None:
+        with self._changed:
+            self._made -= 1
+            self._changed.notify()
 
     def drain(self) -> list[T]:
         """Takes every idle item out, for closing; nothing must be in use."""

@@ -55,16 +55,21 @@ def _intel(facts: Facts) -> bool:
     return facts.device is not None and "intel" in facts.device.name.lower()
 
 
+def _untried(facts: Facts) -> bool:
+    return facts.device is not None and facts.device.kind not in ("cpu", "cuda")
+
+
 RULES = (
     Rule(60, _on("cuda"), "an NVIDIA GPU outruns the CPU on all but tiny networks"),
     Rule(30, _both(_on("cuda"), _is("tensorrt")), "compiled for this very GPU"),
     Rule(20, _on("gpu"), "a GPU, though often one that shares the CPU's memory and power"),
     Rule(5, _on("npu"), "an NPU saves power; few of its drivers cover every operator"),
     Rule(12, _is("onnxruntime"), "computes each type as the graph says; a call costs about 8 µs"),
-    Rule(8, _is("openvino"), "as fast as onnxruntime on two CPU networks; a call costs 21 µs"),
+    Rule(8, _is("openvino"), "as fast as onnxruntime on two CPU networks; a call costs 20 µs"),
     Rule(8, _both(_is("openvino"), _intel), "made by the vendor of this processor"),
     Rule(10, _is("tflite"), "fastest or equal on small CPU networks; float kernels by XNNPACK"),
     Rule(6, lambda facts: facts.native, "reads the model in its own format"),
+    Rule(-20, _untried, "UniRT never ran on such a device; measure before you trust it"),
     Rule(-100, _is("reference"), "NumPy, operator by operator: an oracle, not an engine to ship"),
 )
 

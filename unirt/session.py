@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, final, runtime_checkable
 
 import numpy as np
@@ -100,6 +100,8 @@ class Session(ClosesOnExit):
         self._gate = threading.Lock()
         self._serial = None if self.concurrent else threading.Lock()
         self._idle = threading.Event()  # only touched once closing: an Event costs more than a run
+        self._done = threading.Event()
+        self._worker = threading.local()
         self._in_flight = 0
         self._closed = False
         self._executor: ThreadPoolExecutor | None = None
@@ -126,12 +128,14 @@ class Session(ClosesOnExit):
         if not plain:
             inputs = self._admit(inputs)
         # `_enter` and `_leave`, written out: this is the one path where a microsecond counts.
-        gate = self._gate
-        with gate:
-            if self._closed:
-                raise closed_error("session", self.engine)
-            self._in_flight += 1
+        gate, entered = self._gate, False
         try:
+            # Inside the `try`: a Ctrl-C between counting and trying would never be counted back.
+            with gate:
+                if self._closed:
+                    raise closed_error("session", self.engine)
+                self._in_flight += 1
+                entered = True
             if plain and self._direct:
                 outputs = self._run(inputs)
                 return outputs if type(outputs) is dict else dict(outputs)
@@ -141,10 +145,11 @@ class Session(ClosesOnExit):
         except Exception as error:
             raise failed_error("run", self.engine, error) from error
         finally:
-            with gate:
-                self._in_flight -= 1
-                if self._closed and not self._in_flight:
-                    self._idle.set()
+            if entered:
+                with gate:
+                    self._in_flight -= 1
+                    if self._closed and not self._in_flight:
+                        self._idle.set()
 
     @final
     def submit(self, inputs: Any = None, *, device_outputs: bool = False) -> Future[dict[str, Any]]:
@@ -154,11 +159,17 @@ class Session(ClosesOnExit):
         them unchanged until the future is done.
         """
         feed = dict(inputs) if self._fits(inputs) else self._admit(inputs)
-        self._enter()
+        entered = False
         try:
+            self._enter()
+            entered = True
             future = self._workers().submit(self._execute_queued, feed, device_outputs)
-        except BaseException:
-            self._leave()
+        except BaseException as error:
+            if entered:
+                self._leave()
+            if isinstance(error, RuntimeError) and not isinstance(error, UnirtError):
+                # The interpreter is going down and starts no threads any more.
+                raise closed_error("session", self.engine) from error
             raise
         future.add_done_callback(lambda _: self._leave())
         return future
@@ -175,31 +186,41 @@ class Session(ClosesOnExit):
         """
         self._check_open()
         depth = self.lanes + 1 if in_flight is None else in_flight
-        if depth < 1:
+        if not isinstance(depth, int) or depth < 1:
             raise InputError(
-                f"map cannot keep {depth} calls in flight.",
+                f"map cannot keep {depth!r} calls in flight.",
                 "in_flight counts the inputs being worked on.",
                 "Pass 1 or more, or leave it out.",
             )
-        return self._map(stream, depth, device_outputs)
+        if not isinstance(stream, Iterable):
+            raise InputError(
+                f"map cannot go through {describe(stream)}.",
+                "It takes an iterable of inputs.",
+                "Pass a list or generator of what run takes.",
+            )
+        return self._map(iter(stream), depth, device_outputs)
 
     def _map(
-        self, stream: Iterable[Any], depth: int, device_outputs: bool
+        self, stream: Iterator[Any], depth: int, device_outputs: bool
     ) -> Iterator[dict[str, Any]]:
         pending: deque[Future[dict[str, Any]]] = deque()
+        failure: Exception | None = None
         try:
-            for item in stream:
+            while True:
                 try:
-                    pending.append(self.submit(item, device_outputs=device_outputs))
-                except UnirtError:
-                    # What came before the bad item is still owed to the caller.
-                    while pending:
-                        yield pending.popleft().result()
-                    raise
+                    pending.append(self.submit(next(stream), device_outputs=device_outputs))
+                except StopIteration:
+                    break
+                except Exception as error:  # noqa: BLE001 - raised below, at its own place
+                    failure = error
+                    break
                 if len(pending) >= depth:
                     yield pending.popleft().result()
+            # What came before a bad item is still owed to the caller.
             while pending:
                 yield pending.popleft().result()
+            if failure is not None:
+                raise failure
         finally:
             for future in pending:
                 future.cancel()
@@ -209,10 +230,25 @@ class Session(ClosesOnExit):
         """Fixed buffers for a tight loop: write `inputs`, call `binding.run()`, read `outputs`.
 
         Buffers are C-contiguous arrays that the caller keeps; missing outputs are allocated, with
-        the shapes that one run with these inputs gives. The shapes are fixed from then on.
+        the shapes that one run with these inputs gives. The shapes are fixed from then on. No
+        output may overlap an input or another output.
         """
         self._check_open()
         feed = self._admit(inputs)
+        if not isinstance(outputs, Mapping | None):
+            raise InputError(
+                f"The outputs to bind are {describe(outputs)}.",
+                "They are found by name.",
+                "Pass a dict of arrays by output name, or leave it out.",
+            )
+        rare = [spec for spec in (*self.inputs, *self.outputs) if spec.kind != "tensor"]
+        if rare:
+            raise InputError(
+                f"{rare[0].name!r} cannot be bound.",
+                f"It is a {rare[0].kind}, which has no fixed buffer.",
+                "Use run for this model.",
+                name=rare[0].name,
+            )
         given = dict(outputs or {})
         unknown = sorted(set(given) - {spec.name for spec in self.outputs})
         if unknown:
@@ -228,7 +264,10 @@ class Session(ClosesOnExit):
         for name, value in feed.items():
             _check_buffer(name, value, writable=False)
         for name, value in given.items():
+            if isinstance((outputs or {})[name], np.generic):
+                raise _unbindable(name, "It is a NumPy scalar")
             _check_buffer(name, value, writable=True)
+            _check_apart(name, value, [*feed.items(), *given.items()])
         on_device = any(type(v) is DeviceArray for v in [*feed.values(), *given.values()])
         sample = self.run(feed, device_outputs=on_device)
         buffers: dict[str, Any] = {}
@@ -247,6 +286,7 @@ class Session(ClosesOnExit):
             buffers[spec.name] = buffer
         inner_in = {self._rename_in.get(name, name): value for name, value in feed.items()}
         inner_out = {self._rename_out.get(name, name): value for name, value in buffers.items()}
+        step: Callable[[], object] | None = None
         if isinstance(self, SupportsBind):
             try:
                 step = self._bind(inner_in, inner_out)
@@ -254,8 +294,7 @@ class Session(ClosesOnExit):
                 raise
             except Exception as error:
                 raise failed_error("bind buffers of", self.engine, error) from error
-        else:
-            step = self._copying_step(inner_in, inner_out)
+        step = step or self._copying_step(inner_in, inner_out)
         binding = Binding(self, feed, buffers, step)
         with self._gate:
             if self._closed:
@@ -283,19 +322,34 @@ class Session(ClosesOnExit):
 
     @final
     def close(self) -> None:
-        """Waits for calls in flight and queued, then frees the session. Idempotent."""
+        """Waits for calls in flight and queued, then frees the session. Idempotent: every caller
+        waits. From a callback of its own futures it cannot wait, and is finished in the background.
+        """
         with self._gate:
-            if self._closed:
-                return
-            self._closed = True
+            first, self._closed = not self._closed, True
             if not self._in_flight:
                 self._idle.set()
-        for binding in list(self._bindings):
-            binding.close()
-        self._idle.wait()
-        if self._executor is not None:
-            self._executor.shutdown(wait=True)
-        self._close()
+        if self._in_own_worker():
+            if first:
+                threading.Thread(target=self._finish, name="unirt-close").start()
+        elif first:
+            self._finish()
+        else:
+            self._done.wait()
+
+    def _in_own_worker(self) -> bool:
+        return getattr(self._worker, "is_mine", False)
+
+    def _finish(self) -> None:
+        try:
+            for binding in list(self._bindings):
+                binding.close()
+            self._idle.wait()
+            if self._executor is not None:
+                self._executor.shutdown(wait=True)
+            self._close()
+        finally:
+            self._done.set()
         if self._owns_engine:
             self.engine.close()
 
@@ -347,6 +401,7 @@ class Session(ClosesOnExit):
         return outputs if type(outputs) is dict else dict(outputs)
 
     def _execute_queued(self, feed: dict[str, Any], device_outputs: bool) -> dict[str, Any]:
+        self._worker.is_mine = True
         try:
             return self._execute(feed, device_outputs)
         except UnirtError:
@@ -403,7 +458,11 @@ def _check_buffer(name: str, value: Any, *, writable: bool) -> None:
         problem = "It is read-only"
     else:
         return
-    raise InputError(
+    raise _unbindable(name, problem)
+
+
+def _unbindable(name: str, problem: str) -> InputError:
+    return InputError(
         f"The buffer for {name!r} cannot be bound.",
         f"{problem}; the engine reads and writes it in place.",
         "Pass np.ascontiguousarray(...) and keep a reference to it.",
@@ -411,10 +470,27 @@ def _check_buffer(name: str, value: Any, *, writable: bool) -> None:
     )
 
 
+def _check_apart(name: str, buffer: Any, others: Iterable[tuple[str, Any]]) -> None:
+    """Refuses an output that would overwrite what is still being read, or another's answer."""
+    for other, value in others:
+        if value is buffer and other == name:
+            continue
+        if type(buffer) is DeviceArray or type(value) is DeviceArray:
+            overlap = (
+                type(buffer) is type(value)
+                and buffer.pointer < value.pointer + value.nbytes
+                and value.pointer < buffer.pointer + buffer.nbytes
+            )
+        else:
+            overlap = np.may_share_memory(buffer, value)
+        if overlap:
+            raise _unbindable(name, f"It shares memory with {other!r}")
+
+
 class Binding(ClosesOnExit):
     """Fixed input and output buffers of one session. One run at a time; others wait.
 
-    `inputs` and `outputs` are the buffers themselves: write into the first, read the second after
+    `inputs` and `outputs` hold the buffers themselves: write into the first, read the second after
     `run`. Closing the session closes its bindings.
     """
 
@@ -425,11 +501,13 @@ class Binding(ClosesOnExit):
         outputs: dict[str, Any],
         step: Callable[[], object],
     ) -> None:
-        self.session, self.inputs, self.outputs = session, inputs, outputs
+        # Read-only: a new array put in here would never reach the engine.
+        self.session, self.inputs = session, MappingProxyType(dict(inputs))
+        self.outputs = MappingProxyType(outputs)
         self._step = step
         self._lock = threading.Lock()
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Mapping[str, Any]:
         """One inference from and into the buffers; returns `outputs`.
 
         Raises ClosedError, or BackendError with the vendor's exception as cause.
@@ -458,8 +536,10 @@ class SupportsBind(Protocol):
 
     def _bind(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
-    ) -> Callable[[], object]:
-        """A function that runs from `inputs` into `outputs`; core calls it one at a time."""
+    ) -> Callable[[], object] | None:
+        """A function that runs from `inputs` into `outputs`; core calls it one at a time. None
+        where these buffers are better served by run and copy.
+        """
 
 
 @runtime_checkable

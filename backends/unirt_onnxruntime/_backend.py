@@ -18,6 +18,7 @@ from unirt import (
     Device,
     DeviceArray,
     Engine,
+    InputError,
     ModelFile,
     Options,
     Session,
@@ -36,7 +37,6 @@ PROVIDERS = {
     "coreml": "CoreMLExecutionProvider",
     "dml": "DmlExecutionProvider",
     "qnn": "QNNExecutionProvider",
-    "xnnpack": "XnnpackExecutionProvider",
 }
 INSTALL = {
     "cuda": "this onnxruntime was built without CUDA: pip uninstall onnxruntime, then "
@@ -96,7 +96,9 @@ class OnnxRuntimeBackend(Backend):
     def _probe(self) -> Availability:
         try:
             import onnxruntime
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name != "onnxruntime":
+                raise
             return Availability.no(
                 "the onnxruntime package is not installed", "pip install 'unirt[onnxruntime]'"
             )
@@ -111,7 +113,7 @@ class OnnxRuntimeBackend(Backend):
                 missing["cuda"] = "no NVIDIA GPU is visible here"
         for kind, provider in PROVIDERS.items():
             if kind not in ("cpu", "cuda") and provider in built:
-                devices.insert(0, Device(kind, 0, provider.removesuffix("ExecutionProvider")))
+                devices.append(Device(kind, 0, provider.removesuffix("ExecutionProvider")))
         return Availability.yes(onnxruntime.__version__, *devices, missing=missing)
 
     def _compile(self, file: ModelFile, device: Device, options: OnnxRuntimeOptions) -> Engine:
@@ -272,7 +274,11 @@ class OnnxRuntimeSession(Session):
             ctypes.memmove(result.ctypes.data, value.data_ptr(), result.nbytes)
         return result
 
-    def _bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], object]:
+    def _bind(
+        self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> Callable[[], object] | None:
+        if any(spec.dtype == "string" for spec in self._specs.values()):
+            return None  # there is no OrtValue over text of NumPy's
         native, binding, keep = self._native, self._native.io_binding(), []
         for name, buffer in inputs.items():
             if isinstance(buffer, DeviceArray):
@@ -306,7 +312,11 @@ class OnnxRuntimeSession(Session):
 
     def _run_device(self, inputs: Mapping[str, Any], keep: bool) -> Mapping[str, Any]:
         if self._target.kind != "cuda":
-            raise ValueError(f"onnxruntime@{self._target} keeps no arrays on a device")
+            raise InputError(
+                f"onnxruntime@{self._target} cannot work on arrays of a device.",
+                "This provider takes and gives host memory.",
+                "Copy the inputs to the host and leave device_outputs out.",
+            )
         binding = self._native.io_binding()
         on_device = False
         for name, value in inputs.items():

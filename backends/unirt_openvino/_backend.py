@@ -22,6 +22,7 @@ from unirt import (
     Session,
     option,
 )
+from unirt_openvino import _cache
 from unirt_openvino._library import import_openvino
 from unirt_openvino._ports import Port, dtype_of, find_ports
 from unirt_openvino._session import OpenVINOSession
@@ -41,7 +42,7 @@ MISSING = {
 
 # Its plugins compute these in 32 bits. Integers that do not fit would wrap; float64 loses digits,
 # and its infinities become the largest float32.
-NARROWED = {"int64": "int32", "uint64": "int32", "float64": "float32"}
+NARROWED = {"int64": "int32", "uint64": "int32", "uint32": "int32", "float64": "float32"}
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,12 @@ class OpenVINOEngine(Engine):
         model = _read_model(core, file)
         _refuse_passed_strings(model)
         native = str(device.facts.get("openvino", device.kind.upper()))
+        cache = options.cache_dir and options.cache_dir / file.hash
+        if cache:
+            _cache.discard_damaged(cache)
         compiled = core.compile_model(model, native, settings)
+        if cache:
+            _cache.record(cache)
         _check_device(compiled, native)
         _check_precision(compiled, file, device, options)
         inputs = find_ports(file, "input", compiled.inputs)

@@ -16,7 +16,11 @@ from unirt import (
 from unirt_openvino._library import import_openvino
 from unirt_openvino._ports import LENT_FROM_BYTES, PACKED, Array, Port
 
-LIMITS = {"int64": (-(2**31), 2**31 - 1), "uint64": (0, 2**31 - 1)}
+LIMITS = {
+    "int64": (-(2**31), 2**31 - 1),
+    "uint64": (0, 2**31 - 1),
+    "uint32": (0, 2**31 - 1),
+}
 
 
 class OpenVINOSession(Session):
@@ -27,21 +31,24 @@ class OpenVINOSession(Session):
     def __init__(
         self, compiled: Any, inputs: tuple[Port, ...], outputs: tuple[Port, ...], requests: int
     ) -> None:
-        self._compiled, self._ports = compiled, (inputs, outputs)
-        self._pool = Pool(self._new_lane, requests)
+        def new_lane() -> _Lane:
+            return _Lane(compiled.create_infer_request(), inputs, outputs)
+
+        # Not a method: a pool that knew its session would keep a dropped one until the next
+        # collection of cycles.
+        self._new_lane = new_lane
+        self._pool = Pool(new_lane, requests)
         self._pool.give(self._pool.take())  # a device that cannot make one says so now
         self.lanes = requests
 
-    def _new_lane(self) -> _Lane:
-        return _Lane(self._compiled.create_infer_request(), *self._ports)
-
     def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        pool = self._pool
-        lane = pool.take()
+        pool, lane = self._pool, None
         try:
+            lane = pool.take()
             return lane.run(inputs)
         finally:
-            pool.give(lane)
+            if lane is not None:
+                pool.give(lane)
 
     def _bind(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
@@ -50,7 +57,7 @@ class OpenVINOSession(Session):
 
     def _close(self) -> None:
         self._pool.drain()
-        del self._pool, self._compiled
+        del self._pool, self._new_lane
 
 
 class _Lane:

@@ -15,7 +15,9 @@ class ReferenceBackend(Backend):
     def _probe(self) -> Availability:
         try:
             import onnx
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name != "onnx":
+                raise
             return Availability.no(
                 "the onnx package is not installed", "pip install 'unirt[reference]'"
             )
@@ -67,6 +69,9 @@ class ReferenceEngine(Engine):
     def _new_session(self) -> Session:
         return ReferenceSession(self._evaluator)
 
+    def _close(self) -> None:
+        del self._evaluator
+
 
 class ReferenceSession(Session):
     def __init__(self, evaluator: Any) -> None:
@@ -77,9 +82,14 @@ class ReferenceSession(Session):
         with np.errstate(all="ignore"):
             outputs = self._evaluator.run(None, dict(inputs))
         names = self._evaluator.output_names
-        return {name: _owned(value, inputs) for name, value in zip(names, outputs, strict=True)}
+        return {name: _owned(value) for name, value in zip(names, outputs, strict=True)}
+
+    def _close(self) -> None:
+        del self._evaluator
 
 
-def _owned(value: Any, inputs: Mapping[str, Any]) -> Any:
+def _owned(value: Any) -> Any:
     """The evaluator hands inputs and constants through; an output belongs to the caller."""
+    if isinstance(value, list):
+        return [_owned(item) for item in value]
     return np.array(value) if isinstance(value, np.ndarray | np.generic) else value

@@ -70,7 +70,8 @@ class TFLiteOptions(Options):
     carry_state: bool = option(
         False,
         "A stateful model goes on from where the session's last run left it, and input shapes stay "
-        "those of the first run; a new session or binding starts anew. Default: every run does.",
+        "those of the first run; a new session or binding starts anew, and bind itself runs "
+        "the session once. Default: every run starts from the same state.",
     )
     delegates: tuple[str, ...] = option((), "Libraries of further delegates, applied in order.")
     delegate_options: Mapping[str, str] = option({}, "Passed to every one of `delegates`.")
@@ -390,11 +391,13 @@ class TFLiteSession(Session):
         self._pool = Pool(engine.lane, self.lanes)
 
     def _run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        lane = self._pool.take()
+        lane = None
         try:
+            lane = self._pool.take()
             return lane.run(inputs)
         finally:
-            self._pool.give(lane)
+            if lane is not None:
+                self._pool.give(lane)
 
     def _bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], object]:
         lane = self._native.lane()

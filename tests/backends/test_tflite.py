@@ -22,7 +22,8 @@ ONE = np.ones((1, 3), np.float32)
 
 class TestTFLite(BackendConformance):
     @pytest.fixture(scope="class")
-    def backend(self) -> unirt.Backend:
+    @classmethod
+    def backend(cls) -> unirt.Backend:
         return TFLiteBackend()
 
 
@@ -33,7 +34,8 @@ class TestTFLiteReferenceKernels(BackendConformance):
     }
 
     @pytest.fixture(scope="class")
-    def backend(self) -> unirt.Backend:
+    @classmethod
+    def backend(cls) -> unirt.Backend:
         return TFLiteBackend()
 
 

@@ -5,11 +5,14 @@ Engines load only in commands that run them, and only then.
 
 from __future__ import annotations
 
-import os
+import logging
+import re
 from importlib.metadata import version
+from inspect import getdoc
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from unirt.cli import outcome
 from unirt.cli.compare import compare
@@ -18,7 +21,7 @@ from unirt.cli.inspect import inspect
 from unirt.cli.outcome import EXIT_CODES
 from unirt.cli.run import run
 from unirt.cli.select import select
-from unirt.cli.terminal import prepare_streams
+from unirt.cli.terminal import leave_quietly, prepare_streams, safe, stdout
 
 __all__ = ["app", "main"]
 
@@ -30,12 +33,14 @@ app = typer.Typer(
     epilog=EXIT_CODES,
 )
 for command in (doctor, inspect, select, run, compare):
-    app.command(epilog=EXIT_CODES)(command)
+    # Typer keeps the line breaks of all paragraphs but the first.
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", getdoc(command) or "")
+    app.command(help=text, epilog=EXIT_CODES)(command)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"unirt {version('unirt')}")
+        stdout().print(f"unirt {version('unirt')}")
         raise typer.Exit
 
 
@@ -51,13 +56,17 @@ def _unirt(
     """Run one neural network on whichever inference engine is best here, and see why."""
 
 
+class _SafeFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return safe(super().format(record))
+
+
 def main() -> None:
     """The `unirt` command."""
     prepare_streams()
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_SafeFormatter())
     outcome.Process.is_ours = True
-    try:
-        app()
-    except BrokenPipeError:
-        # The reader (`| head`) has enough. Python would complain again when it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(0) from None
+    # Help is printed by a console of Typer's.
+    Console.on_broken_pipe = lambda _: leave_quietly()  # type: ignore[assignment, method-assign]
+    app()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +12,9 @@ import typer
 
 from unirt import plugins
 from unirt.devices import host_devices
-from unirt.errors import ModelError, OptionError
+from unirt.errors import ModelError, OptionError, UnirtError, sentence
 from unirt.model import Model
+from unirt.types import Candidate
 
 
 def complete_candidate(incomplete: str) -> list[str]:
@@ -26,7 +29,8 @@ def complete_option(incomplete: str) -> list[str]:
     """`backend.option=` for every option of every backend. Loads no engine."""
     offered = []
     for name in plugins.names():
-        plugin = plugins.plugin(name)
+        with redirect_stdout(sys.stderr):
+            plugin = plugins.plugin(name)
         if plugin is not None and plugin.backend is not None:
             offered += [f"{name}.{info.name}=" for info in plugin.backend.options.describe()]
     return [text for text in offered if text.startswith(incomplete)]
@@ -71,6 +75,31 @@ def open_model(path: Path, beside: bool, notes: list[str] | None = None) -> Mode
         model = Model(path)
         notes.append(f"the file beside it is left out. {error.what} {error.why}")
         return model
+
+
+def beside_hint(model: Model, path: Path, candidate: Candidate, beside: bool) -> str:
+    """What gives the candidate a format that it reads; empty if it has one."""
+    plugin = plugins.plugin(candidate.backend)
+    if plugin is None or plugin.backend is None or model.file(plugin.backend.formats):
+        return ""
+    files = [path.with_suffix(f".{name}") for name in plugin.backend.formats]
+    there = next((file.name for file in files if file.is_file()), None)
+    if there:
+        return "" if beside else f"add --beside, since {there} is there"
+    return f"lay {files[0].name} beside it" + ("" if beside else " and add --beside")
+
+
+@contextmanager
+def hinting_beside(
+    model: Model, path: Path, candidate: Candidate | None, beside: bool
+) -> Iterator[None]:
+    """Adds to an error of a named candidate the `beside_hint`, which only the command line has."""
+    try:
+        yield
+    except UnirtError as error:
+        if candidate and (hint := beside_hint(model, path, candidate, beside)):
+            error.remedy = " ".join(filter(None, (error.remedy, sentence(hint))))
+        raise
 
 
 def read_options(texts: Sequence[str] | None, backend: str | None = None) -> dict[str, Any]:

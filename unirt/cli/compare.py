@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from unirt.cli.arguments import (
     OptionTexts,
     Seed,
     ShapeTexts,
+    beside_hint,
     complete_candidate,
     open_model,
     read_options,
@@ -36,6 +38,7 @@ from unirt.cli.terminal import (
 )
 from unirt.comparison import Comparison, Result
 from unirt.comparison import compare as measure_candidates
+from unirt.errors import sentence
 from unirt.model import Model
 from unirt.types import Candidate
 
@@ -45,7 +48,7 @@ def compare(
     candidates: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CANDIDATE]...",
+            metavar="CANDIDATE",
             help="Written backend@device:precision, of which only the backend is needed. "
             "Default: all that can run it.",
             autocompletion=complete_candidate,
@@ -116,6 +119,13 @@ def compare(
                 options=read_options(option, alone),
                 progress=teller,
             )
+        rows = [
+            replace(row, hint=beside_hint(opened, model, row.candidate, beside) or row.hint)
+            if row.excluded
+            else row
+            for row in comparison.rows
+        ]
+        comparison = replace(comparison, rows=tuple(rows))
         report.document = comparison.to_dict()
         report.document["notes"] += notes
         report.code = OK if comparison.winner else NOTHING
@@ -177,7 +187,7 @@ def show(console: Console, model: Model, comparison: Comparison, notes: list[str
 
 def _reason(row: Result) -> str:
     reason = row.excluded.rstrip(".")
-    return f"{reason}. {row.hint}" if row.hint else f"{reason}."
+    return f"{reason}. {sentence(row.hint)}" if row.hint else f"{reason}."
 
 
 def _columns(rows: list[Result]) -> list[Column]:
@@ -199,7 +209,7 @@ def _cells(row: Result, rows: list[Result]) -> list[str]:
     cells = [
         str(row.candidate),
         duration(row.latency.median),
-        duration(row.latency.p95),
+        "\N{EN DASH}" if row.latency.p95 is None else duration(row.latency.p95),
         "" if row.ratio is None else f"{three_digits(row.ratio)}x",
         "" if row.throughput is None else three_digits(row.throughput),
         "reference" if row.is_reference else error,

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import typer
+from rich.text import Text
 
+from unirt.cli.terminal import leave_quietly, safe, stderr
 from unirt.errors import (
     BackendUnavailable,
     CandidateError,
@@ -62,23 +64,26 @@ def reporting(as_json: bool, debug: bool = False) -> Iterator[Report]:
     Errors become three lines on stderr, or {"error": ...} on stdout; `debug` adds the traceback.
     """
     report = Report(as_json)
-    with _one_document(as_json) as document_out:
-        try:
-            yield report
-        except (typer.Exit, typer.Abort, KeyboardInterrupt, BrokenPipeError):
-            raise
-        except Exception as error:  # noqa: BLE001 - the user gets three lines; --debug the rest
-            if debug:
-                traceback.print_exc()
-            told = told_as_unirt(error)
-            report.code = exit_code(error)
-            report.document = {"error": error_document(told, type(error).__name__)}
-            if not as_json:
-                _print_error(told)
-        if document_out is not None:
-            json.dump(plain(report.document), document_out, indent=2, allow_nan=False)
-            document_out.write("\n")
-            document_out.flush()
+    try:
+        with _one_document(as_json) as document_out:
+            try:
+                yield report
+            except (typer.Exit, typer.Abort, KeyboardInterrupt, BrokenPipeError):
+                raise
+            except Exception as error:  # noqa: BLE001 - the user gets three lines; --debug the rest
+                if debug:
+                    sys.stderr.write(safe(traceback.format_exc()))
+                told = told_as_unirt(error)
+                report.code = exit_code(error)
+                report.document = {"error": error_document(told, type(error).__name__)}
+                if not as_json:
+                    _print_error(told)
+            if document_out is not None:
+                json.dump(plain(report.document), document_out, indent=2, allow_nan=False)
+                document_out.write("\n")
+                document_out.flush()
+    except BrokenPipeError:
+        leave_quietly()
     raise typer.Exit(report.code)
 
 
@@ -114,10 +119,6 @@ def plain(value: Any) -> Any:
 
 
 def _print_error(error: UnirtError) -> None:
-    from rich.text import Text
-
-    from unirt.cli.terminal import stderr
-
     console = stderr()
     console.print(Text.assemble(("error: ", "bold red"), error.what))
     for line in (error.why, error.remedy):
@@ -160,7 +161,7 @@ def _one_document(wanted: bool) -> Iterator[TextIO | None]:
             # Left as it is in a process of our own, so that what engines print at exit cannot
             # follow the document either.
             if not Process.is_ours:
-                with suppress(OSError, AttributeError):
+                with suppress(OSError, AttributeError, TypeError):  # Windows: TypeError
                     ctypes.CDLL(None).fflush(None)
                 os.dup2(saved, 1)
             os.close(saved)

@@ -21,6 +21,7 @@ from unirt.cli.arguments import (
     Seed,
     ShapeTexts,
     complete_candidate,
+    hinting_beside,
     open_model,
     read_options,
     read_shapes,
@@ -81,6 +82,7 @@ def run(
         feed, source = _feed(opened, input_ or [], inputs, shape, seed)
         with (
             waiting(f"running {opened.name}", as_json),
+            hinting_beside(opened, model, named, beside),
             load(opened, named, options=options or None) as session,
         ):
             outputs = session.run(feed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from unirt.cli.arguments import (
     Debug,
     Json,
     ModelPath,
+    beside_hint,
     complete_candidate,
     open_model,
 )
@@ -42,6 +44,13 @@ def select(
         opened = open_model(model, beside)
         with waiting("looking for engines", as_json):
             selection = rank_candidates(opened, candidate or None)
+        rows = [
+            replace(row, hint=beside_hint(opened, model, row.candidate, beside) or row.hint)
+            if row.excluded
+            else row
+            for row in selection.rows
+        ]
+        selection = replace(selection, rows=tuple(rows))
         report.document = selection.to_dict()
         report.code = OK if selection.best else NOTHING
         if not as_json:

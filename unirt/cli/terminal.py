@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -22,13 +24,41 @@ PATIENCE_SECONDS = 0.7
 
 GAP = 2
 
+CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)], "\N{REPLACEMENT CHARACTER}")
+SAFE = {code: text for code, text in CONTROLS.items() if chr(code) not in "\n\t"}
+
+
+def safe(text: str) -> str:
+    """The text without what a terminal would obey: names and messages come from strangers."""
+    return text.translate(SAFE)
+
+
+class SafeConsole(Console):
+    """Shows control characters of texts instead of sending them; its own styles stay."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(safe(segment.text), segment.style)
+
+    def on_broken_pipe(self) -> None:
+        leave_quietly()
+
+
+def leave_quietly() -> NoReturn:
+    """The reader (`| head`) has enough. Python would complain again when it flushes stdout."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    raise SystemExit(0)
+
 
 def stdout() -> Console:
-    return Console(highlight=False, markup=False, emoji=False)
+    return SafeConsole(highlight=False, markup=False, emoji=False)
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    return SafeConsole(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -47,6 +77,8 @@ def print_table(
     styles: Sequence[str] | None = None,
 ) -> None:
     """The table, or where it is too wide several below each other, each with the first column."""
+    # A line break in a name would break the table.
+    rows = [[cell.translate(CONTROLS) for cell in row] for row in rows]
     widths = [
         max([cell_len(column.title), *(cell_len(row[index]) for row in rows)])
         for index, column in enumerate(columns)
@@ -90,7 +122,7 @@ def print_pairs(
     console: Console, pairs: Iterable[tuple[str, str]], *, style: str = "", indent: int = 0
 ) -> None:
     """A term and a text that may be long: it wraps beside the term, or on a narrow screen below."""
-    listed = list(pairs)
+    listed = [(term.translate(CONTROLS), safe(text)) for term, text in pairs]
     if not listed:
         return
     if max(cell_len(term) for term, _ in listed) > console.width // 3:
@@ -111,15 +143,50 @@ def print_heading(console: Console, text: str) -> None:
     console.print(Text(text, style="bold"))
 
 
+class _Spinner:
+    """Turns by a thread of rich's own while something takes long that cannot tell how far it is."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._shown = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            transient=True,
+        )
+        self._task = self._shown.add_task(what, total=None)
+        self._gate, self._over = threading.Lock(), False
+        self._timer = threading.Timer(PATIENCE_SECONDS, self._start)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _start(self) -> None:
+        with self._gate:
+            if not self._over:
+                self._shown.start()
+
+    def tell(self, what: str) -> None:
+        self._shown.update(self._task, description=what)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        with self._gate:
+            self._over = True
+            self._shown.stop()
+
+
 class Teller:
-    """Progress of a comparison: redrawn only when told, so that drawing never disturbs a timing."""
+    """Progress of a comparison: a spinner while building, when nothing is timed; after that redrawn
+    only when told, so that drawing never disturbs a timing.
+    """
 
     def __init__(self, console: Console, enabled: bool) -> None:
+        self._console = console
         self._enabled = enabled
+        self._spinner: _Spinner | None = None
         self._started = time.monotonic()
         self._drawn = 0.0
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
@@ -131,8 +198,16 @@ class Teller:
         self._live = False
 
     def __call__(self, what: str, share: float) -> None:
+        if not self._enabled:
+            return
+        if what.startswith("building"):
+            if self._spinner is None:
+                self._spinner = _Spinner(self._console, what)
+            self._spinner.tell(what)
+            return
+        self._stop_spinner()
         now = time.monotonic()
-        if not self._enabled or now - self._started < PATIENCE_SECONDS or now - self._drawn < 0.1:
+        if now - self._started < PATIENCE_SECONDS or now - self._drawn < 0.1:
             return
         if not self._live:
             self._bar.start()
@@ -141,50 +216,46 @@ class Teller:
         self._bar.update(self._task, description=what, completed=min(1.0, share))
         self._bar.refresh()
 
+    def _stop_spinner(self) -> None:
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
+
     def stop(self) -> None:
+        self._stop_spinner()
         if self._live:
             self._bar.stop()
 
 
 @contextmanager
 def telling(as_json: bool) -> Iterator[Teller]:
-    """A `Teller` on stderr, which stays silent for JSON and where stderr is no terminal."""
+    """A `Teller` on stderr, which stays silent for JSON and where stderr is no terminal.
+
+    What plugins print meanwhile goes to stderr too.
+    """
     console = stderr()
     teller = Teller(console, console.is_terminal and not as_json)
-    try:
-        yield teller
-    finally:
-        teller.stop()
+    with redirect_stdout(sys.stderr):
+        try:
+            yield teller
+        finally:
+            teller.stop()
 
 
 @contextmanager
 def waiting(what: str, as_json: bool) -> Iterator[None]:
-    """A spinner on stderr for work that cannot tell how far it is, once it takes long."""
+    """A spinner on stderr for work that cannot tell how far it is, once it takes long.
+
+    What plugins print meanwhile goes to stderr too.
+    """
     console = stderr()
-    if as_json or not console.is_terminal:
-        yield
-        return
-    spinner = Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True
-    )
-    spinner.add_task(what, total=None)
-    gate, over = threading.Lock(), False
-
-    def show() -> None:
-        with gate:
-            if not over:
-                spinner.start()
-
-    timer = threading.Timer(PATIENCE_SECONDS, show)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        with gate:
-            over = True
-            spinner.stop()
+    with redirect_stdout(sys.stderr):
+        spinner = None if as_json or not console.is_terminal else _Spinner(console, what)
+        try:
+            yield
+        finally:
+            if spinner is not None:
+                spinner.stop()
 
 
 def prepare_streams() -> None:

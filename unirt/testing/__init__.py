@@ -228,6 +228,12 @@ class BackendConformance:
         with engines["pair"].session() as session, pytest.raises(InputError, match="2 inputs"):
             session.run(np.zeros((1, 3), np.float32))
 
+    def test_refuses_a_masked_array_and_takes_other_kinds_of_ndarray(self, affine: Session) -> None:
+        x = NETWORKS["affine"].sample(2, 0)["x"]
+        with pytest.raises(InputError, match="masked"):
+            affine.run({"x": np.ma.masked_array(x, x > 0)})
+        NETWORKS["affine"].check({"x": x}, affine.run({"x": x.view(np.matrix)}))
+
     def test_refuses_two_sizes_for_one_symbol(self, engines: dict[str, Engine]) -> None:
         case = NETWORKS["pair"]
         uneven = {"a": case.sample(2, 0)["a"], "b": case.sample(3, 0)["b"]}
@@ -302,6 +308,20 @@ class BackendConformance:
         results.close()  # type: ignore[attr-defined]
         assert list(affine.map([])) == []
 
+    def test_map_owes_what_came_before_its_source_fails(self, affine: Session) -> None:
+        good = NETWORKS["affine"].sample(1, 0)
+
+        def stream() -> Iterator[dict[str, Any]]:
+            yield good
+            yield good
+            raise OSError("the camera is gone")
+
+        results = affine.map(stream(), in_flight=8)
+        NETWORKS["affine"].check(good, next(results))
+        NETWORKS["affine"].check(good, next(results))
+        with pytest.raises(OSError, match="camera"):
+            next(results)
+
     def test_map_owes_what_came_before_a_bad_item(self, affine: Session) -> None:
         case = NETWORKS["affine"]
         good = case.sample(1, 0)
@@ -365,7 +385,52 @@ class BackendConformance:
             with pytest.raises(InputError):
                 affine.bind(inputs, outputs)
 
+    def test_bind_refuses_buffers_that_overlap(self, engines: dict[str, Engine]) -> None:
+        x = np.zeros((4, 3), np.float32)
+        case = NETWORKS["pair"]
+        shared = np.zeros((4, 3), np.float32)
+        with engines["affine"].session() as session, pytest.raises(InputError, match="shares"):
+            session.bind({"x": x}, {"y": x})
+        with engines["pair"].session() as session, pytest.raises(InputError, match="shares"):
+            session.bind(case.sample(4, 0), {"total": shared, "difference": shared[::1]})
+
+    def test_bound_buffers_cannot_be_exchanged_unseen(self, affine: Session) -> None:
+        binding = affine.bind(NETWORKS["affine"].sample(2, 0))
+        for buffers in (binding.inputs, binding.outputs, binding.run()):
+            with pytest.raises(TypeError):
+                buffers["x"] = np.zeros((2, 3), np.float32)  # type: ignore[index]
+
     # Closing
+
+    def test_close_may_be_called_from_a_callback_of_its_own_future(
+        self, engines: dict[str, Engine]
+    ) -> None:
+        case = NETWORKS["heavy"]
+        session = engines["heavy"].session()
+        inputs = [case.sample(64, k) for k in range(6)]
+        first = session.submit(inputs[0])
+        first.add_done_callback(lambda _: session.close())
+        futures = [first]
+        for one in inputs[1:]:
+            try:
+                futures.append(session.submit(one))
+            except ClosedError:
+                break
+        for one, future in zip(inputs, futures, strict=False):
+            case.check(one, future.result(timeout=60))
+        session.close()
+
+    def test_every_close_waits(self, engines: dict[str, Engine]) -> None:
+        case = NETWORKS["heavy"]
+        session = engines["heavy"].session()
+        futures = [session.submit(case.sample(512, k)) for k in range(8)]
+
+        def close() -> bool:
+            session.close()
+            return all(future.done() for future in futures)
+
+        with ThreadPoolExecutor(3) as threads:
+            assert all(threads.map(lambda _: close(), range(3)))
 
     def test_a_closed_session_says_so(self, engines: dict[str, Engine]) -> None:
         session = engines["affine"].session()
