@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -40,3 +41,32 @@ def test_links_lead_somewhere() -> None:
     for guide in (ROOT / "README.md", ROOT / "backends" / "README.md"):
         for link in re.findall(r"\]\(([^)]+)\)", guide.read_text()):
             assert (guide.parent / link).exists(), link
+
+
+def test_figures_are_those_of_the_results() -> None:
+    results = ROOT / "benchmarks" / "results"
+    compared = json.loads((results / "compare-digits-h200.json").read_text())
+    median = {
+        row["candidate"]: f"{row['latency']['median_seconds'] * 1e6:.0f} µs"
+        for row in compared["candidates"]
+        if row["latency"]
+    }
+    for text in (README, (ROOT / "docs" / "engines.md").read_text()):
+        assert median["onnxruntime@cpu"] in text
+        assert median["onnxruntime@cuda:0"] in text
+    overhead = json.loads((results / "overhead-epyc-2core.json").read_text())
+    for engine, rows in overhead["engines"].items():
+        tiny, mobile = rows["tiny"], rows["mobile"]
+        assert (
+            f"| {engine} | {tiny['raw usual']:.1f} | {tiny['run - raw usual']:+.1f} "
+            f"| {tiny['raw best']:.1f} | {tiny['bind - raw best']:+.1f} "
+            f"| {mobile['run / raw usual']:.3f} |"
+        ) in README
+    assert f"costs {overhead['import_ms']['unirt - numpy']:.0f} ms more" in README
+    gpu = json.loads((results / "onnxruntime-gpu-h200.json").read_text())
+    tiny = gpu["microseconds"]["tiny"]
+    flat = " ".join(README.split())
+    assert f"adds {tiny['run - raw usual']:.1f} µs to the {tiny['raw usual']:.1f} µs" in flat
+    assert f"arrays {tiny['bind - raw best']:.1f} µs to {tiny['raw best']:.1f}," in flat
+    assert gpu["conformance"]["exit"] == 0
+    assert "failed" not in gpu["conformance"]

@@ -126,7 +126,7 @@ class Backend(abc.ABC):
             raise BackendUnavailable(
                 f"{candidate} cannot be used here.",
                 sentence(availability.reason),
-                sentence(availability.hint),
+                availability.hint,
                 backend=self.name,
                 device=wanted,
             )

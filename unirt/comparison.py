@@ -221,9 +221,7 @@ def compare(
     for row in select(model, named_reference).rows if named_reference else ():
         if row.excluded:
             what = f"{row.candidate} cannot be the reference."
-            raise BackendUnavailable(
-                what, sentence(row.excluded), sentence(row.hint or "name another")
-            )
+            raise BackendUnavailable(what, sentence(row.excluded), row.hint or "Name another.")
     _check_options(entrants, named_reference, options)
     tell = progress or (lambda _what, _share: None)
     ins, outs = model.inputs, model.outputs

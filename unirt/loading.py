@@ -274,7 +274,7 @@ def _backend(name: str) -> Backend:
         raise BackendUnavailable(
             f"The backend {name!r} of {plugin.distribution} cannot be loaded.",
             sentence(plugin.failure),
-            sentence(plugin.hint),
+            plugin.hint,
             backend=name,
         )
     return plugin.backend

@@ -38,7 +38,6 @@ from unirt.cli.terminal import (
 )
 from unirt.comparison import Comparison, Result
 from unirt.comparison import compare as measure_candidates
-from unirt.errors import sentence
 from unirt.model import Model
 from unirt.types import Candidate
 
@@ -187,7 +186,7 @@ def show(console: Console, model: Model, comparison: Comparison, notes: list[str
 
 def _reason(row: Result) -> str:
     reason = row.excluded.rstrip(".")
-    return f"{reason}. {sentence(row.hint)}" if row.hint else f"{reason}."
+    return f"{reason}. {row.hint}" if row.hint else f"{reason}."
 
 
 def _columns(rows: list[Result]) -> list[Column]:
