@@ -25,7 +25,7 @@ from unirt.errors import BackendUnavailable, BuildError, UnirtError, sentence
 from unirt.guard import guarded, limit
 from unirt.model import Model, ModelFile, ModelSource
 from unirt.options import Options
-from unirt.session import ClosesOnExit, Session, closed_error, failed_error
+from unirt.session import ClosesOnExit, Session, close_once, closed_error, failed_error
 from unirt.types import Availability, Candidate, Device, TensorSpec
 
 PROBE_SECONDS = 30.0
@@ -228,14 +228,8 @@ class Engine(ClosesOnExit):
         """
         with self._lock:
             first, self._closed = not self._closed, True
-        # From a callback of a session's own future nothing can be waited for.
-        if any(session._in_own_worker() for session in list(self._sessions)):
-            if first:
-                threading.Thread(target=self._finish, name="unirt-close").start()
-        elif first:
-            self._finish()
-        else:
-            self._done.wait()
+        in_worker = any(session._in_own_worker() for session in list(self._sessions))
+        close_once(first, in_worker, self._finish, self._done)
 
     def _finish(self) -> None:
         try:

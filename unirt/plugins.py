@@ -66,9 +66,13 @@ def names() -> tuple[str, ...]:
 
 def plugin(name: str) -> Plugin | None:
     """The plugin of that name, loaded now if it was not; None where nothing offers it."""
+    if name in _loaded:
+        return _loaded[name]
     entry = _entries()[0].get(name)
-    if entry is None:
-        return None
+    return None if entry is None else _loaded_once(name, entry)
+
+
+def _loaded_once(name: str, entry: EntryPoint) -> Plugin:
     with _lock:
         own = _locks.setdefault(name, threading.RLock())
     with own:  # one that hangs must not keep the others waiting
@@ -80,7 +84,7 @@ def plugin(name: str) -> Plugin | None:
 def plugins() -> tuple[Plugin, ...]:
     """Every plugin, the failed and the refused ones too, in order of name."""
     chosen, refused = _entries()
-    return tuple(found for name in chosen if (found := plugin(name))) + refused
+    return tuple(_loaded_once(name, entry) for name, entry in chosen.items()) + refused
 
 
 def _entries() -> tuple[Mapping[str, EntryPoint], tuple[Plugin, ...]]:

@@ -62,6 +62,21 @@ class ClosesOnExit(abc.ABC):
         self.close()
 
 
+def close_once(
+    first: bool, in_worker: bool, finish: Callable[[], None], done: threading.Event
+) -> None:
+    """The first caller finishes, the others wait. A worker can do neither, since what is to be
+    finished waits for it: there a thread of its own finishes.
+    """
+    if in_worker:
+        if first:
+            threading.Thread(target=finish, name="unirt-close").start()
+    elif first:
+        finish()
+    else:
+        done.wait()
+
+
 class Session(ClosesOnExit):
     """A running engine. Every public method is safe to call from many threads.
 
@@ -329,13 +344,7 @@ class Session(ClosesOnExit):
             first, self._closed = not self._closed, True
             if not self._in_flight:
                 self._idle.set()
-        if self._in_own_worker():
-            if first:
-                threading.Thread(target=self._finish, name="unirt-close").start()
-        elif first:
-            self._finish()
-        else:
-            self._done.wait()
+        close_once(first, self._in_own_worker(), self._finish, self._done)
 
     def _in_own_worker(self) -> bool:
         return getattr(self._worker, "is_mine", False)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from unirt import plugins
+from unirt.comparison import Result
 from unirt.devices import host_devices
 from unirt.errors import ModelError, OptionError, UnirtError, sentence
 from unirt.model import Model
+from unirt.selector import Row
 from unirt.types import Candidate
+
+Hinted = TypeVar("Hinted", Row, Result)
 
 
 def complete_candidate(incomplete: str) -> list[str]:
@@ -87,6 +92,18 @@ def beside_hint(model: Model, path: Path, candidate: Candidate, beside: bool) ->
     if there:
         return "" if beside else f"add --beside, since {there} is there"
     return f"lay {files[0].name} beside it" + ("" if beside else " and add --beside")
+
+
+def with_beside_hints(
+    rows: Iterable[Hinted], model: Model, path: Path, beside: bool
+) -> tuple[Hinted, ...]:
+    """The rows, those that are out with the `beside_hint` where that would bring them in."""
+    return tuple(
+        replace(row, hint=beside_hint(model, path, row.candidate, beside) or row.hint)
+        if row.excluded
+        else row
+        for row in rows
+    )
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from unirt.cli.arguments import (
     OptionTexts,
     Seed,
     ShapeTexts,
-    beside_hint,
     complete_candidate,
     open_model,
     read_options,
     read_shapes,
+    with_beside_hints,
 )
 from unirt.cli.outcome import NOTHING, OK, reporting
 from unirt.cli.terminal import (
@@ -118,13 +118,8 @@ def compare(
                 options=read_options(option, alone),
                 progress=teller,
             )
-        rows = [
-            replace(row, hint=beside_hint(opened, model, row.candidate, beside) or row.hint)
-            if row.excluded
-            else row
-            for row in comparison.rows
-        ]
-        comparison = replace(comparison, rows=tuple(rows))
+        rows = with_beside_hints(comparison.rows, opened, model, beside)
+        comparison = replace(comparison, rows=rows)
         report.document = comparison.to_dict()
         report.document["notes"] += notes
         report.code = OK if comparison.winner else NOTHING

@@ -14,9 +14,9 @@ from unirt.cli.arguments import (
     Debug,
     Json,
     ModelPath,
-    beside_hint,
     complete_candidate,
     open_model,
+    with_beside_hints,
 )
 from unirt.cli.outcome import NOTHING, OK, reporting
 from unirt.cli.terminal import Column, print_heading, print_pairs, print_table, stdout, waiting
@@ -44,13 +44,8 @@ def select(
         opened = open_model(model, beside)
         with waiting("looking for engines", as_json):
             selection = rank_candidates(opened, candidate or None)
-        rows = [
-            replace(row, hint=beside_hint(opened, model, row.candidate, beside) or row.hint)
-            if row.excluded
-            else row
-            for row in selection.rows
-        ]
-        selection = replace(selection, rows=tuple(rows))
+        rows = with_beside_hints(selection.rows, opened, model, beside)
+        selection = replace(selection, rows=rows)
         report.document = selection.to_dict()
         report.code = OK if selection.best else NOTHING
         if not as_json:
