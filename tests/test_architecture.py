@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     {"types", "errors"},
     {"options", "dlpack"},
-    {"arrays", "formats"},
+    {"arrays", "formats", "shapes", "inspection"},
     {"model", "devices", "pool", "guard"},
-    {"session"},
+    {"session", "precision"},
     {"backend"},
     {"plugins"},
     {"selector"},

@@ -9,11 +9,21 @@ outputs = session.run({"x": array})
 from typing import TYPE_CHECKING, Any
 
 from unirt.arrays import DeviceArray
-from unirt.backend import Backend, Engine
+from unirt.backend import (
+    Backend,
+    BuildRequest,
+    BuildStep,
+    Engine,
+    SupportsBuildRequest,
+    SupportsEngineFiles,
+    SupportsInspection,
+    SupportsSave,
+)
 from unirt.devices import host_devices
 from unirt.errors import (
     BackendError,
     BackendUnavailable,
+    BuildCancelled,
     BuildError,
     CandidateError,
     ClosedError,
@@ -23,15 +33,24 @@ from unirt.errors import (
     ModelNotFound,
     NoBackend,
     OptionError,
+    ProfileError,
     UnirtError,
 )
+from unirt.inspection import EngineReport, Layer, LayerTensor
 from unirt.loading import Attempt, Decision, backends, build, devices, load, select
 from unirt.model import Model, ModelFile
 from unirt.options import Options, option
 from unirt.plugins import Plugin, hookimpl
 from unirt.pool import Pool
 from unirt.selector import Selection
-from unirt.session import Binding, Session, SupportsBind, SupportsDeviceArrays
+from unirt.session import (
+    Binding,
+    Session,
+    SupportsBind,
+    SupportsDeviceArrays,
+    SupportsProfiling,
+)
+from unirt.shapes import ShapeProfile
 from unirt.types import CPU, Availability, Candidate, Device, TensorSpec
 
 if TYPE_CHECKING:
@@ -47,7 +66,10 @@ __all__ = [
     "BackendError",
     "BackendUnavailable",
     "Binding",
+    "BuildCancelled",
     "BuildError",
+    "BuildRequest",
+    "BuildStep",
     "Candidate",
     "CandidateError",
     "ClosedError",
@@ -57,7 +79,10 @@ __all__ = [
     "Device",
     "DeviceArray",
     "Engine",
+    "EngineReport",
     "InputError",
+    "Layer",
+    "LayerTensor",
     "Model",
     "ModelError",
     "ModelFile",
@@ -67,10 +92,17 @@ __all__ = [
     "Options",
     "Plugin",
     "Pool",
+    "ProfileError",
     "Selection",
     "Session",
+    "ShapeProfile",
     "SupportsBind",
+    "SupportsBuildRequest",
     "SupportsDeviceArrays",
+    "SupportsEngineFiles",
+    "SupportsInspection",
+    "SupportsProfiling",
+    "SupportsSave",
     "TensorSpec",
     "UnirtError",
     "backends",

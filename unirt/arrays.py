@@ -50,6 +50,10 @@ class DeviceArray:
         return (dlpack.CUDA, self.device_id)
 
     def __dlpack__(self, *, stream: object = None, **_: object) -> Any:
+        # Memory that goes back to a pool must not be handed out again before this reader is done.
+        read_on = getattr(self.owner, "read_on", None)
+        if read_on is not None and isinstance(stream, int):
+            read_on(stream)
         return dlpack.export(self.pointer, self.shape, self.dtype, self.__dlpack_device__(), self)
 
     @property
@@ -106,7 +110,9 @@ def _by_name(inputs: Any, specs: tuple[TensorSpec, ...]) -> Mapping[str, Any]:
         return {}
     if isinstance(inputs, Mapping):
         return inputs
-    is_array = isinstance(inputs, np.ndarray | np.generic) or hasattr(inputs, "__dlpack__")
+    is_array = isinstance(inputs, np.ndarray | np.generic) or any(
+        hasattr(inputs, protocol) for protocol in ("__dlpack__", "__cuda_array_interface__")
+    )
     if is_array and len(specs) == 1:
         return {specs[0].name: inputs}
     why = f"It takes {_listing(specs)}."
@@ -161,6 +167,8 @@ def to_array(value: Any, spec: TensorSpec, device: str) -> Any:
     if isinstance(value, np.generic):
         return np.asarray(value)
     if not hasattr(value, "__dlpack__"):
+        if hasattr(value, "__cuda_array_interface__"):
+            return _from_cuda(value, spec, device)
         raise InputError(
             f"Input {spec.name!r} is {describe(value)}, not an array.",
             f"The model takes {spec}, and UniRT never guesses a dtype.",
@@ -198,6 +206,34 @@ def to_array(value: Any, spec: TensorSpec, device: str) -> Any:
             name=spec.name,
         )
     return DeviceArray(tensor.pointer, tensor.shape, tensor.dtype, tensor.device_id, tensor)
+
+
+def _from_cuda(value: Any, spec: TensorSpec, device: str) -> DeviceArray:
+    """Over `__cuda_array_interface__`, for those without DLPack. Its stream, where it names one
+    other than the default, must have been synchronised: only CUDA itself could order after it.
+    """
+    told = value.__cuda_array_interface__
+    problem, remedy = "", "Copy it to the host first, or use a candidate on that device."
+    dtype, shape = np.dtype(told["typestr"]), tuple(told["shape"])
+    strides = told.get("strides")
+    dense = tuple(dtype.itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    if device != "cuda":
+        problem = f"This session runs on {device}, and the array lies in CUDA memory"
+    elif told.get("mask") is not None:
+        problem, remedy = "It is masked, and no engine knows masks", "Fill it first."
+    elif strides is not None and tuple(strides) != dense:
+        problem, remedy = "It is strided", "Make it C-contiguous first."
+    elif told.get("stream") not in (None, 1):
+        problem = f"It may still be written on stream {told['stream']}"
+        remedy = "Synchronise that stream, or pass an array with __dlpack__."
+    if problem:
+        raise InputError(
+            f"Input {spec.name!r} cannot be used where it lies.",
+            f"{problem}.",
+            remedy,
+            name=spec.name,
+        )
+    return DeviceArray(told["data"][0], shape, dtype.name, 0, value)
 
 
 class _HostMemory:

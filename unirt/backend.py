@@ -9,7 +9,8 @@ plugin fills in the underscored ones, four required and two optional:
     Session._run(inputs) -> outputs
     Engine._close(), Session._close()
 
-What only some engines can do stands in small protocols (`SupportsBind`, `SupportsDeviceArrays`).
+What only some engines can do stands in small protocols (`SupportsBuildRequest`, `SupportsSave`,
+`SupportsInspection`; for sessions `SupportsBind`, `SupportsDeviceArrays`, `SupportsProfiling`).
 """
 
 from __future__ import annotations
@@ -18,18 +19,56 @@ import abc
 import threading
 import time
 import weakref
-from collections.abc import Mapping
-from typing import Any, ClassVar, final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, final, runtime_checkable
 
-from unirt.errors import BackendUnavailable, BuildError, UnirtError, sentence
+from unirt.errors import (
+    BackendError,
+    BackendUnavailable,
+    BuildError,
+    ModelNotFound,
+    UnirtError,
+    sentence,
+)
 from unirt.guard import guarded, limit
+from unirt.inspection import EngineReport
 from unirt.model import Model, ModelFile, ModelSource
 from unirt.options import Options
 from unirt.session import ClosesOnExit, Session, close_once, closed_error, failed_error
+from unirt.shapes import ShapeProfile
 from unirt.types import Availability, Candidate, Device, TensorSpec
 
 PROBE_SECONDS = 30.0
 """How long a backend may look for its library; UNIRT_PROBE_TIMEOUT says otherwise."""
+
+
+@dataclass(frozen=True)
+class BuildStep:
+    """Where a build stands: `step` of `steps` in `phase`, which is a part of `parent` ("" at the
+    top). `step == steps` ends the phase.
+    """
+
+    phase: str
+    parent: str
+    step: int
+    steps: int
+
+
+Progress = Callable[[BuildStep], object]
+"""Called from the thread that builds; returning False, or raising, cancels the build."""
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What a caller asks of one build beyond the backend's options.
+
+    `profiles` are checked against the model and speak of the file's own input names.
+    """
+
+    profiles: tuple[ShapeProfile, ...] = ()
+    progress: Progress | None = None
 
 
 class Backend(abc.ABC):
@@ -80,11 +119,17 @@ class Backend(abc.ABC):
         model: Model | ModelSource,
         device: str | None = None,
         options: Mapping[str, object] | Options | None = None,
+        *,
+        profiles: Sequence[ShapeProfile] = (),
+        progress: Progress | None = None,
     ) -> Engine:
         """The model compiled for `device`, or for this backend's default one.
 
-        Raises BackendUnavailable, OptionError, ModelError, or BuildError with the vendor's own
-        exception as its cause. The engine belongs to the caller.
+        Engines that take any shape have no use for `profiles`; they are checked all the same.
+        `progress` hears of the steps where the engine tells them, and cancels by returning False.
+
+        Raises BackendUnavailable, OptionError, ProfileError, ModelError, BuildCancelled, or
+        BuildError with the vendor's own exception as its cause. The engine belongs to the caller.
         """
         model = Model.open(model)
         parsed = self.options.parse(options, owner=self.name)
@@ -100,9 +145,15 @@ class Backend(abc.ABC):
                 backend=self.name,
                 formats=tuple(model.formats),
             )
+        for profile in profiles:
+            profile.check(model.inputs)
+        request = BuildRequest(_renamed(profiles, model.input_names(file)), progress)
         started = time.perf_counter()
         try:
-            engine = self._compile(file, target, parsed)
+            if isinstance(self, SupportsBuildRequest):
+                engine = self._compile_request(file, target, parsed, request)
+            else:
+                engine = self._compile(file, target, parsed)
             if not isinstance(engine, Engine):
                 raise TypeError(f"_compile returned {type(engine).__name__}, not an Engine")
         except UnirtError:
@@ -119,9 +170,47 @@ class Backend(abc.ABC):
         engine._attach(self, model, file, target, parsed, time.perf_counter() - started)
         return engine
 
+    @final
+    def inspect_file(self, path: str | Path) -> EngineReport:
+        """The layers of an engine that was saved as a file, by UniRT or by the vendor's tools.
+
+        Raises BackendUnavailable where this engine has no such files or cannot read them here,
+        ModelError for a damaged file, ModelNotFound, BackendError.
+        """
+        path = Path(path)
+        if not isinstance(self, SupportsEngineFiles):
+            raise BackendUnavailable(
+                f"{self.name} has no engine files.",
+                "It compiles a model each time.",
+                "Inspect the model itself.",
+                backend=self.name,
+            )
+        if not path.is_file():
+            raise ModelNotFound(
+                f"There is no file {path}.",
+                "The path does not exist, or is no file.",
+                "Check the path.",
+                path=path,
+            )
+        try:
+            return self._inspect_file(path)
+        except UnirtError:
+            raise
+        except Exception as error:
+            raise BackendError(
+                f"{self.name} could not read {path}.",
+                f"{type(error).__name__}: {error}",
+                "Build the engine again with this version.",
+                backend=self.name,
+                path=path,
+            ) from error
+
     def _device(self, wanted: str | None) -> Device:
         availability = self.probe()
         candidate = Candidate(self.name, wanted)
+        target = availability.target(wanted)
+        if target is not None:
+            return target
         if not availability.available:
             raise BackendUnavailable(
                 f"{candidate} cannot be used here.",
@@ -130,18 +219,15 @@ class Backend(abc.ABC):
                 backend=self.name,
                 device=wanted,
             )
-        device = availability.find(wanted)
-        if device is None:
-            kind = str(wanted).partition(":")[0]
-            offered = ", ".join(map(str, availability.devices))
-            raise BackendUnavailable(
-                f"{candidate} cannot be used here.",
-                sentence(availability.missing.get(kind, f"{self.name} reports no such device")),
-                f"It offers: {offered}.",
-                backend=self.name,
-                device=wanted,
-            )
-        return device
+        kind = str(wanted).partition(":")[0]
+        offered = ", ".join(map(str, (*availability.devices, *availability.targets)))
+        raise BackendUnavailable(
+            f"{candidate} cannot be used here.",
+            sentence(availability.missing.get(kind, f"{self.name} reports no such device")),
+            f"It offers: {offered}.",
+            backend=self.name,
+            device=wanted,
+        )
 
 
 class Engine(ClosesOnExit):
@@ -161,6 +247,10 @@ class Engine(ClosesOnExit):
     device: Device
     options: Options
     build_seconds: float
+    precision: str | None = None
+    """What the graph was cast to for this engine; None where it runs as it is."""
+    notes: tuple[str, ...] = ()
+    """What the cast changed beyond types, and which nodes it left as they are."""
 
     @abc.abstractmethod
     def _new_session(self) -> Session:
@@ -198,12 +288,60 @@ class Engine(ClosesOnExit):
 
     @property
     def candidate(self) -> Candidate:
-        return Candidate(self.backend.name, str(self.device))
+        return Candidate(self.backend.name, str(self.device), self.precision)
 
     @property
     def facts(self) -> Mapping[str, object]:
         """What the backend reports about this engine: providers in use, threads, caches."""
         return self._facts
+
+    @final
+    def inspect(self) -> EngineReport:
+        """The layers this engine runs, with the graph's nodes fused into each.
+
+        Raises BackendUnavailable where the engine does not tell, ClosedError, BackendError.
+        """
+        if not isinstance(self, SupportsInspection):
+            raise BackendUnavailable(
+                f"{self.candidate} does not show its layers.",
+                "This engine has no interface for it.",
+                "Use another candidate to look at fusion, such as tensorrt.",
+                backend=self.backend.name,
+            )
+        with self._lock:
+            if self._closed:
+                raise closed_error("engine", self)
+            try:
+                return self._inspect()
+            except UnirtError:
+                raise
+            except Exception as error:
+                raise failed_error("inspect the engine of", self, error) from error
+
+    @final
+    def save(self, path: str | Path) -> Path:
+        """Writes the compiled engine to `path`, replacing what is there; returns the path.
+
+        Raises BackendUnavailable where the engine cannot be saved, ClosedError, BackendError.
+        """
+        if not isinstance(self, SupportsSave):
+            raise BackendUnavailable(
+                f"{self.candidate} cannot be saved.",
+                "This engine has no file form of its own.",
+                "Keep the model file; it compiles again when it is loaded.",
+                backend=self.backend.name,
+            )
+        path = Path(path)
+        with self._lock:
+            if self._closed:
+                raise closed_error("engine", self)
+            try:
+                self._save(path)
+            except UnirtError:
+                raise
+            except Exception as error:
+                raise failed_error("save the engine of", self, error) from error
+        return path
 
     @final
     def session(self) -> Session:
@@ -241,6 +379,54 @@ class Engine(ClosesOnExit):
 
     def __repr__(self) -> str:
         return f"<unirt.Engine {self.candidate} of {self.model.name!r}>"
+
+
+@runtime_checkable
+class SupportsBuildRequest(Protocol):
+    """A backend that compiles for given shapes, or tells how far it is."""
+
+    def _compile_request(
+        self, file: ModelFile, device: Device, options: Any, request: BuildRequest
+    ) -> Engine:
+        """`_compile`, for these profiles. Core calls it instead of `_compile`."""
+
+
+@runtime_checkable
+class SupportsEngineFiles(Protocol):
+    """A backend whose engines are files."""
+
+    engine_suffixes: ClassVar[tuple[str, ...]]
+    """How their names end, the usual one first: `.plan`."""
+
+    def _inspect_file(self, path: Path) -> EngineReport: ...
+
+
+@runtime_checkable
+class SupportsInspection(Protocol):
+    """An engine that shows its layers."""
+
+    def _inspect(self) -> EngineReport: ...
+
+
+@runtime_checkable
+class SupportsSave(Protocol):
+    """An engine with a file form."""
+
+    def _save(self, path: Path) -> None:
+        """Writes it to `path`, whole or not at all."""
+
+
+def _renamed(
+    profiles: Sequence[ShapeProfile], names: Mapping[str, str]
+) -> tuple[ShapeProfile, ...]:
+    return tuple(
+        replace(
+            profile,
+            shapes={names[name]: shape for name, shape in profile.shapes.items()},
+            values={names[name]: value for name, value in profile.values.items()},
+        )
+        for profile in profiles
+    )
 
 
 def _rename(specs: tuple[TensorSpec, ...], canonical: Mapping[str, str]) -> tuple[TensorSpec, ...]:

@@ -227,6 +227,7 @@ def compare(
     ins, outs = model.inputs, model.outputs
     samples = samples_for(ins, outs, data, calls=TIMED_FEEDS, seed=seed, batch=batch, shapes=shapes)
     size = samples.call_size(batch)
+    largest = _judged_size(samples, size, batch)
     suits = oracle_suits(model, samples)
     notes: list[str] = []
     for entrant in entrants if candidates is None and not suits else ():
@@ -234,12 +235,23 @@ def compare(
             entrant.excluded = "NumPy takes too long for a model or data of this size"
             entrant.hint = "Name it to measure it all the same."
     with ExitStack() as stack:
-        _open(model, entrants, options, stack, tell)
+        # Engines that compile for shapes get those that will come, and one of their own for what
+        # is timed.
+        calls = samples.calls(size, largest)
+        hot = {name: value.shape for name, value in calls[0].items()}
+
+        def opened(candidate: Candidate) -> Session:
+            own: Any = (options or {}).get(candidate.backend)
+            engine = build(model, candidate, options=own, samples=calls, hot_shapes=[hot])
+            return stack.enter_context(engine).session()
+
+        _open(entrants, opened, tell)
         judge = None
         if any(entrant.session for entrant in entrants):
-            judges = _judges(model, suits, entrants, named_reference, options, stack, notes)
+            judges = _judges(model, suits, entrants, named_reference, opened, notes)
             alone = named_reference is not None
-            judge = _judge(entrants, judges, alone, samples, size, batch, max_error, notes, tell)
+            sizes = (largest, size)
+            judge = _judge(entrants, judges, alone, samples, sizes, max_error, notes, tell)
             _time(entrants, samples, size, seconds, seed, tell)
         rows = _rows(entrants, judge, samples.rows * size, max_error)
     winner, why = _verdict(rows, judge.candidate if judge else None, max_error)
@@ -310,30 +322,18 @@ def _check_options(
 
 
 def _open(
-    model: Model,
-    entrants: Sequence[_Entrant],
-    options: Mapping[str, object] | None,
-    stack: ExitStack,
-    tell: Progress,
+    entrants: Sequence[_Entrant], opened: Callable[[Candidate], Session], tell: Progress
 ) -> None:
     for done, entrant in enumerate(entrants):
         if entrant.excluded:
             continue
         tell(f"building {entrant.candidate}", done / len(entrants))
         try:
-            entrant.session = _session(model, entrant.candidate, options, stack)
+            entrant.session = opened(entrant.candidate)
         except UnirtError as error:
             entrant.fail(error)
         else:
             entrant.build_seconds = entrant.session.engine.build_seconds
-
-
-def _session(
-    model: Model, candidate: Candidate, options: Mapping[str, object] | None, stack: ExitStack
-) -> Session:
-    chosen: Any = (options or {}).get(candidate.backend)
-    engine = stack.enter_context(build(model, candidate, options=chosen))
-    return engine.session()
 
 
 # --- how right -----------------------------------------------------------------------------------
@@ -356,8 +356,7 @@ def _judges(
     suits: bool,
     entrants: Sequence[_Entrant],
     named: Candidate | None,
-    options: Mapping[str, object] | None,
-    stack: ExitStack,
+    opened: Callable[[Candidate], Session],
     notes: list[str],
 ) -> Iterator[_Entrant]:
     """Those who may be the reference, the most trusted first; a `named` one alone, or its error."""
@@ -372,7 +371,7 @@ def _judges(
         if named is None and select(model, wanted).best is None:
             continue
         try:
-            session = _session(model, wanted, options, stack)
+            session = opened(wanted)
         except UnirtError as error:
             if named:
                 raise
@@ -387,28 +386,33 @@ def _same(candidate: Candidate, wanted: Candidate) -> bool:
     return candidate.backend == wanted.backend and wanted.device in (None, candidate.device)
 
 
+def _judged_size(samples: Samples, size: int, batch: int | None) -> int:
+    """How many samples a call may hold while answers are judged."""
+    if batch is not None or samples.stacked or samples.fixed_batch is not None:
+        return size
+    elements = sum(value.size // samples.count for value in samples.inputs.values())
+    return max(1, min(JUDGED_ROWS, samples.count, 2**24 // max(1, elements)))
+
+
 def _judge(
     entrants: Sequence[_Entrant],
     judges: Iterator[_Entrant],
     alone: bool,
     samples: Samples,
-    size: int,
-    batch: int | None,
+    sizes: tuple[int, int],
     max_error: float,
     notes: list[str],
     tell: Progress,
 ) -> _Entrant | None:
     """Meters every entrant's errors and hits against the first judge that answers; returns it.
 
+    `sizes` are how many samples a call may hold while judging, and how many it holds when timed.
     None if no entrant answers at all. Raises DataError, and what a judge raises who is `alone`.
     """
-    larger = size
-    if batch is None and not samples.stacked and samples.fixed_batch is None:
-        elements = sum(value.size // samples.count for value in samples.inputs.values())
-        larger = max(1, min(JUDGED_ROWS, samples.count, 2**24 // max(1, elements)))
+    size = sizes[1]
     for judge in judges:
         failed: dict[_Entrant, UnirtError | str] = {}
-        for rows in dict.fromkeys((larger, size)):
+        for rows in dict.fromkeys(sizes):
             try:
                 failed = _judged_by(judge, entrants, samples, rows, tell)
             except DataError:

@@ -90,6 +90,11 @@ class Samples:
         calls = max(1, min(limit, self.count // size))
         return [self._take(index * size, size) for index in range(calls)]
 
+    def calls(self, *sizes: int) -> list[Feed]:
+        """One call of each size, and one of the smallest there may be: the shapes to expect."""
+        smallest = [] if self.stacked or self.fixed_batch is not None else [1]
+        return [self._take(0, size) for size in (*sizes, *smallest)]
+
     def _take(self, start: int, size: int) -> Feed:
         return {
             name: value if name in self.shared else _rows(value, start, size, self.stacked)

@@ -5,6 +5,7 @@
     ├── OptionError         (ValueError)         an unknown option, or a value it does not take
     ├── ModelError          (ValueError)         a model file that must not reach an engine
     │   └── ModelNotFound   (FileNotFoundError)  no file there
+    ├── ProfileError        (ValueError)         a shape profile that does not suit the model
     ├── InputError          (ValueError)         wrong name, dtype, rank or shape of an input
     ├── DataError           (ValueError)         samples or labels that do not fit the model
     ├── ClosedError         (RuntimeError)       use after close
@@ -12,6 +13,7 @@
     ├── NoBackend           (RuntimeError)       no candidate is left; carries every reason
     └── BackendError        (RuntimeError)       the engine failed; its own exception is `__cause__`
         └── BuildError                           ... while compiling
+            └── BuildCancelled                   ... because the caller stopped it
 
 Each says in three sentences what happened, why, and what to do, and keeps the facts as attributes.
 """
@@ -62,6 +64,10 @@ class ModelNotFound(ModelError, FileNotFoundError):
     """No model file at that path."""
 
 
+class ProfileError(UnirtError, ValueError):
+    """A shape profile that is no range, or does not suit the model."""
+
+
 class InputError(UnirtError, ValueError):
     """An input that does not fit the model. The session stays usable."""
 
@@ -88,3 +94,7 @@ class BackendError(UnirtError, RuntimeError):
 
 class BuildError(BackendError):
     """The engine refused the model or failed to compile it."""
+
+
+class BuildCancelled(BuildError):
+    """The caller's progress function stopped the build. Nothing was kept."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from unirt import plugins
-from unirt.backend import Backend, Engine
+from unirt.arrays import admit
+from unirt.backend import Backend, Engine, Progress
 from unirt.devices import host_devices
 from unirt.errors import (
     BackendError,
@@ -25,6 +26,7 @@ from unirt.options import Options
 from unirt.plugins import Plugin
 from unirt.selector import Facts, Selection, rank
 from unirt.session import Session
+from unirt.shapes import ShapeProfile
 from unirt.types import Candidate, Device
 
 OptionValues = Mapping[str, object] | Options
@@ -33,7 +35,16 @@ Candidates = str | Candidate | Sequence[str | Candidate]
 How = Literal["ranked", "listed", "named", "environment"]
 
 # How a candidate's precision is called in the tensors of a graph.
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
+PRECISIONS = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "int8",
+    "fp8": "float8_e4m3fn",
+    "int4": "int4",
+    "fp4": "float4_e2m1",
+}
+CASTS = ("fp16", "bf16")
 
 
 def backends() -> tuple[Plugin, ...]:
@@ -76,11 +87,22 @@ def build(
     candidate: str | Candidate,
     *,
     options: OptionValues | None = None,
+    profiles: Sequence[ShapeProfile] = (),
+    hot_shapes: Sequence[Mapping[str, Sequence[int]]] = (),
+    samples: Iterable[Any] = (),
+    progress: Progress | None = None,
 ) -> Engine:
     """The model compiled by exactly this candidate; it never falls back.
 
+    A candidate's `fp16` or `bf16` casts a float32 graph first (`unirt.precision.cast`). Shapes
+    matter to engines that compile for them, such as TensorRT: `profiles` are ranges of the dynamic
+    inputs; each of `hot_shapes`, a shape by input, gets a profile of its own, which such engines
+    run faster; `samples`, inputs as `run` takes them, become a profile where `profiles` is empty.
+    `progress` hears of build steps and cancels by returning False.
+
     The engine belongs to the caller: close it, or use it in a `with` block. Raises CandidateError,
-    BackendUnavailable, OptionError, ModelError or BuildError.
+    BackendUnavailable, OptionError, ProfileError, InputError for a sample that does not suit the
+    model, ModelError, BuildCancelled or BuildError.
     """
     candidate = Candidate.parse(candidate)
     model = Model.open(model)
@@ -95,7 +117,42 @@ def build(
             backend=candidate.backend,
             precision=candidate.precision,
         )
-    return backend.compile(model, candidate.device, options)
+    wanted = tuple(profiles) or _from_samples(model, samples)
+    wanted += tuple(ShapeProfile({n: tuple(s) for n, s in one.items()}) for one in hot_shapes)
+    notes: list[str] = []
+    if file is not None and _casts(candidate, file):
+        model = _cast(model, file, candidate.precision, notes)
+    engine = backend.compile(model, candidate.device, options, profiles=wanted, progress=progress)
+    engine.precision, engine.notes = candidate.precision, tuple(notes)
+    return engine
+
+
+def _cast(model: Model, file: ModelFile, precision: str | None, notes: list[str]) -> Model:
+    """The model in that precision, cast once an engine reads it: one that finds itself compiled
+    already never does.
+    """
+
+    def make() -> bytes:
+        from unirt.precision import cast
+
+        done = cast(model, "fp16" if precision == "fp16" else "bf16")
+        notes.extend(done.notes)
+        reasons: dict[str, list[str]] = {}
+        for node, reason in done.kept.items():
+            reasons.setdefault(reason, []).append(node)
+        for reason, nodes in reasons.items():
+            more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+            notes.append(f"in float32 stay {', '.join(nodes[:3])}{more}: {reason}")
+        return done.model.primary.read()
+
+    return Model.derived(file, make, f"cast to {precision}", model.name)
+
+
+def _from_samples(model: Model, samples: Iterable[Any]) -> tuple[ShapeProfile, ...]:
+    feeds = [admit(sample, model.inputs, "cuda") for sample in samples]
+    tensors = [spec.name for spec in model.inputs if spec.kind == "tensor"]
+    feeds = [{name: feed[name] for name in tensors} for feed in feeds]
+    return (ShapeProfile.from_samples(feeds),) if feeds and tensors else ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +196,10 @@ def load(
     candidate: Candidates | None = None,
     *,
     options: Mapping[str, object] | Options | None = None,
+    profiles: Sequence[ShapeProfile] = (),
+    hot_shapes: Sequence[Mapping[str, Sequence[int]]] = (),
+    samples: Iterable[Any] = (),
+    progress: Progress | None = None,
 ) -> Session:
     """A session of the model on the best engine of this machine.
 
@@ -147,6 +208,7 @@ def load(
     its own order. A single named candidate, and the one in UNIRT_BACKEND, never falls back.
 
     `options` are those of the named candidate; otherwise a mapping of backend name to options.
+    `profiles`, `hot_shapes`, `samples` and `progress` as for `build`.
     Closing the session frees the engine. Raises NoBackend with every reason when none is left.
     """
     model = Model.open(model)
@@ -154,6 +216,12 @@ def load(
     firm = how in ("named", "environment")
     nested = None if how == "named" else _nested_options(options)
     selection = select(model, wanted)
+    how_built = {
+        "profiles": profiles,
+        "hot_shapes": hot_shapes,
+        "samples": list(samples),
+        "progress": progress,
+    }
     order = selection.candidates
     if wanted is not None:
         # Their own order; what was named firmly is tried whatever the rules say.
@@ -162,7 +230,7 @@ def load(
     for one in order:
         try:
             own = options if nested is None else nested.get(one.backend)
-            session = _open(model, one, own)
+            session = _open(model, one, own, how_built)
         except (BackendError, BackendUnavailable) as error:
             if firm:
                 raise
@@ -202,8 +270,10 @@ def _warn(text: str, *values: object) -> None:
     logging.getLogger("unirt").warning(text, *values)
 
 
-def _open(model: Model, candidate: Candidate, options: OptionValues | None) -> Session:
-    engine = build(model, candidate, options=options)
+def _open(
+    model: Model, candidate: Candidate, options: OptionValues | None, how: Mapping[str, Any]
+) -> Session:
+    engine = build(model, candidate, options=options, **how)
     try:
         session = engine.session()
     except BaseException:
@@ -315,15 +385,34 @@ def _facts(model: Model, candidate: Candidate) -> Facts:
     )
 
 
+def _weights(file: ModelFile) -> str:
+    """The dtype that most of the weights have."""
+    return max(file.weight_dtypes, key=lambda name: file.weight_dtypes[name], default="no weights")
+
+
+def _casts(candidate: Candidate, file: ModelFile) -> bool:
+    """Whether this candidate's precision is a cast of the graph, which UniRT makes itself."""
+    if file.format != "onnx" or candidate.precision not in CASTS:
+        return False
+    if PRECISIONS[candidate.precision] == _weights(file):
+        return False
+    floats = [spec.dtype for spec in (*file.inputs, *file.outputs)]
+    return "float32" in (*file.weight_dtypes, *floats)
+
+
 def _precision_problem(candidate: Candidate, file: ModelFile) -> str:
-    """Precision lives in the graph: a candidate's must be the one the graph already has."""
-    if candidate.precision is None:
+    """Precision lives in the graph: it has a candidate's already, or is cast to it."""
+    has = _weights(file)
+    if candidate.precision is None or PRECISIONS.get(candidate.precision) == has:
         return ""
-    dtype = PRECISIONS.get(candidate.precision)
-    has = max(file.weight_dtypes, key=lambda name: file.weight_dtypes[name], default="no weights")
-    if dtype == has:
+    if candidate.precision not in PRECISIONS:
+        return f"{candidate.precision} is no precision; they are {', '.join(PRECISIONS)}"
+    if _casts(candidate, file):
         return ""
+    if candidate.precision in CASTS and file.format != "onnx":
+        return f"only an ONNX graph can be cast to {candidate.precision}; this is {file.format}"
     return (
-        f"the graph's weights are {has}, not {candidate.precision}, and this version of UniRT "
-        "runs graphs as they are typed"
+        f"the graph's weights are {has}, and a cast does not lead from there to "
+        f"{candidate.precision}: it takes a graph that is typed so (QuantizeLinear and "
+        "DequantizeLinear for int8 and fp8)"
     )

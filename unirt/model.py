@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from typing import Final, Protocol, TypeAlias
 
 from unirt.errors import ModelError, OptionError
 from unirt.formats import DEFAULT_MAX_BYTES, FORMATS, ModelFile, open_model_file
-from unirt.formats.content import size_text
+from unirt.formats.content import Derived, size_text
 from unirt.types import Dim, TensorSpec
 
 __all__ = ["DEFAULT_MAX_BYTES", "Model", "ModelFile", "ModelSource"]
@@ -44,11 +45,13 @@ class Model:
         onnx: ModelSource | None = None,
         tflite: ModelSource | None = None,
         beside: bool = False,
+        name: str = "",
         max_bytes: int | None = None,
     ) -> None:
         """Opens paths, bytes or `onnx.ModelProto`s; `source` may be of any format.
 
-        `beside` also takes files of other formats with the same name in the same folder.
+        `beside` also takes files of other formats with the same name in the same folder. `name` is
+        what messages call it (default: the file's name without its ending, or `model`).
         `max_bytes` bounds each model's files and what its tensors declare (default:
         UNIRT_MAX_MODEL_BYTES, or 32 GiB).
         """
@@ -65,6 +68,7 @@ class Model:
             )
         self._files: Mapping[str, ModelFile] = MappingProxyType(files)
         self._primary = next(iter(files.values()))
+        self._name = name or (self.path.stem if self.path else "model")
         if beside and self.path is not None:
             for wanted in FORMATS:
                 path = self.path.with_suffix(f".{wanted}")
@@ -76,6 +80,19 @@ class Model:
         self._output_names = {
             f: _matched(self._primary, file, "outputs") for f, file in files.items()
         }
+
+    @classmethod
+    def derived(cls, file: ModelFile, make: Callable[[], bytes], how: str, name: str) -> Model:
+        """A model that `make` makes of `file` when somebody reads it: a transform that keeps names,
+        shapes and types of inputs and outputs. `how` names the transform in the hash.
+        """
+        model = cls.__new__(cls)
+        file = replace(file, content=Derived(file.content, make, how))
+        model._files = MappingProxyType({file.format: file})
+        model._primary, model._name = file, name
+        model._input_names = {file.format: _matched(file, file, "inputs")}
+        model._output_names = {file.format: _matched(file, file, "outputs")}
+        return model
 
     @classmethod
     def open(cls, model: Model | ModelSource) -> Model:
@@ -97,7 +114,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        return self.path.stem if self.path else "model"
+        return self._name
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, final, runtime_
 import numpy as np
 
 from unirt.arrays import DeviceArray, admit, describe, to_array
-from unirt.errors import BackendError, ClosedError, InputError, UnirtError
+from unirt.errors import BackendError, BackendUnavailable, ClosedError, InputError, UnirtError
 from unirt.types import Array, TensorSpec
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
     from unirt.backend import Engine
+    from unirt.inspection import EngineReport
 
 
 def closed_error(what: str, engine: Engine) -> ClosedError:
@@ -317,6 +318,34 @@ class Session(ClosesOnExit):
             self._bindings.add(binding)
         return binding
 
+    @final
+    def profile(self, inputs: Any = None) -> EngineReport:
+        """The engine's layers with the time of each, in seconds, measured on these inputs.
+
+        Layers are timed one by one, so their sum is more than a whole run takes. Raises InputError,
+        BackendUnavailable where the engine does not tell, ClosedError, BackendError.
+        """
+        if not isinstance(self, SupportsProfiling):
+            raise BackendUnavailable(
+                f"{self.engine.candidate} does not time its layers.",
+                "This engine has no interface for it.",
+                "Time whole calls: unirt compare, or unirt.compare(...).",
+                backend=self.engine.backend.name,
+            )
+        feed = self._admit(inputs)
+        if self._rename_in:
+            feed = {self._rename_in[name]: value for name, value in feed.items()}
+        self._enter()
+        try:
+            with self._serial or nullcontext():
+                return self._profile(feed)
+        except UnirtError:
+            raise
+        except Exception as error:
+            raise failed_error("profile", self.engine, error) from error
+        finally:
+            self._leave()
+
     def _copying_step(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
     ) -> Callable[[], object]:
@@ -494,6 +523,14 @@ def _check_apart(name: str, buffer: Any, others: Iterable[tuple[str, Any]]) -> N
             overlap = np.may_share_memory(buffer, value)
         if overlap:
             raise _unbindable(name, f"It shares memory with {other!r}")
+
+
+@runtime_checkable
+class SupportsProfiling(Protocol):
+    """A session that measures its layers."""
+
+    def _profile(self, inputs: Mapping[str, Any]) -> EngineReport:
+        """The engine's report, with seconds for each layer. No other call is running."""
 
 
 class Binding(ClosesOnExit):

@@ -156,6 +156,8 @@ class Availability:
 
     `devices` are those it can run on here, its default first. `missing` maps a device kind it could
     serve, but not here, to the reason. `reason` and `hint` (a command or a page) explain a no.
+    `targets` are what it can compile for although nothing of the kind runs here; such an engine can
+    be inspected and saved, and opens no session.
     """
 
     available: bool
@@ -164,19 +166,34 @@ class Availability:
     reason: str = ""
     hint: str = ""
     missing: Mapping[str, str] = field(default_factory=dict, hash=False)
+    targets: tuple[Device, ...] = ()
 
     @classmethod
     def yes(
-        cls, version: str, *devices: Device, missing: Mapping[str, str] | None = None
+        cls,
+        version: str,
+        *devices: Device,
+        missing: Mapping[str, str] | None = None,
+        targets: tuple[Device, ...] = (),
     ) -> Availability:
-        return cls(True, version, devices or (CPU,), missing=missing or {})
+        return cls(True, version, devices or (CPU,), missing=missing or {}, targets=targets)
 
     @classmethod
-    def no(cls, reason: str, hint: str = "") -> Availability:
-        return cls(False, reason=reason, hint=hint)
+    def no(
+        cls, reason: str, hint: str = "", *, version: str = "", targets: tuple[Device, ...] = ()
+    ) -> Availability:
+        return cls(False, version, reason=reason, hint=hint, targets=targets)
 
     def find(self, device: str | None) -> Device | None:
         """The device that `device` names, the default one for None, or None if it is not here."""
         if device is None:
             return self.devices[0] if self.devices else None
         return next((have for have in self.devices if have.answers_to(device)), None)
+
+    def target(self, device: str | None) -> Device | None:
+        """The device to compile for that `device` names: one that is here, or one of `targets`."""
+        if device is not None:
+            for have in self.targets:
+                if have.answers_to(device):
+                    return have
+        return self.find(device) if self.available else None

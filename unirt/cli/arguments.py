@@ -17,6 +17,7 @@ from unirt.devices import host_devices
 from unirt.errors import ModelError, OptionError, UnirtError, sentence
 from unirt.model import Model
 from unirt.selector import Row
+from unirt.shapes import ShapeProfile
 from unirt.types import Candidate
 
 Hinted = TypeVar("Hinted", Row, Result)
@@ -63,6 +64,24 @@ ShapeTexts = Annotated[
         "--shape",
         metavar="NAME=SIZES",
         help="For random inputs: batch=4 for a symbol, image=1,3,224,224 for an input. Repeatable.",
+    ),
+]
+ProfileTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME=MIN:OPT:MAX",
+        help="Shapes to compile for, such as x=1x3x224x224:8x3x224x224:64x3x224x224; several "
+        "inputs with ; between them. Repeatable: each is one profile.",
+    ),
+]
+HotTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--hot",
+        metavar="NAME=SIZES",
+        help="A shape to compile for alone, such as x=1x3x224x224; several inputs with ; between "
+        "them. Repeatable.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of random inputs.")]
@@ -117,6 +136,52 @@ def hinting_beside(
         if candidate and (hint := beside_hint(model, path, candidate, beside)):
             error.remedy = " ".join(filter(None, (error.remedy, sentence(hint))))
         raise
+
+
+def only_for(options: Mapping[str, Any], backend: str) -> dict[str, Any]:
+    """The options of one backend. Raises OptionError where there are some of another."""
+    others = [name for name in options if name != backend]
+    if others:
+        raise OptionError(
+            f"There are options for {others[0]!r}.",
+            f"The candidate is {backend}, and it never falls back.",
+            f"Write -o {backend}.key=value, or leave the candidate out.",
+        )
+    return dict(options.get(backend, {}))
+
+
+def read_profiles(texts: Sequence[str] | None) -> list[ShapeProfile]:
+    """`x=1x3:8x3:64x3` texts as profiles; one shape instead of three is all of them."""
+    return [ShapeProfile(_ranges(text, "--profile", (1, 3))) for text in texts or ()]
+
+
+def read_hot_shapes(texts: Sequence[str] | None) -> list[dict[str, tuple[int, ...]]]:
+    """`x=1x3x224x224` texts as shapes by input."""
+    return [
+        {name: shapes[0] for name, shapes in _ranges(text, "--hot", (1,)).items()}
+        for text in texts or ()
+    ]
+
+
+def _ranges(text: str, flag: str, counts: tuple[int, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        name, equals, sizes = part.rpartition("=")
+        shapes = [shape.replace(",", "x").split("x") for shape in sizes.split(":")]
+        well = all(size.strip().isdecimal() for shape in shapes for size in shape)
+        if not equals or not name or not well or len(shapes) not in counts:
+            raise OptionError(
+                f"{flag} {text} cannot be read.",
+                "It is the name of an input, =, and "
+                + ("a shape." if counts == (1,) else "one shape, or three with : between them."),
+                f"Write for example {flag} x=1x3x224x224"
+                + ("." if counts == (1,) else ":8x3x224x224:64x3x224x224."),
+                text=text,
+            )
+        found[name] = [tuple(int(size) for size in shape) for shape in shapes]
+        if flag == "--profile":
+            found[name] = found[name] * 3 if len(found[name]) == 1 else found[name]
+    return found
 
 
 def read_options(texts: Sequence[str] | None, backend: str | None = None) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def _plugin(plugin: Plugin, options: bool) -> dict[str, Any]:
         "reason": found.reason or None,
         "hint": found.hint or None,
         "missing": dict(found.missing),
+        "targets": [str(device) for device in found.targets],
     }
     if options and plugin.backend is not None:
         told["options"] = [

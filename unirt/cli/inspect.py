@@ -1,17 +1,40 @@
-"""`unirt inspect`: what stands in a model file, without any engine."""
+"""`unirt inspect`: what stands in a model, and the layers an engine makes of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
-from unirt.cli.arguments import Beside, Debug, Json, ModelPath, open_model
+from unirt import plugins
+from unirt.backend import Backend, SupportsEngineFiles
+from unirt.cli.arguments import (
+    Beside,
+    Debug,
+    Json,
+    OptionTexts,
+    ProfileTexts,
+    Seed,
+    ShapeTexts,
+    complete_candidate,
+    hinting_beside,
+    only_for,
+    open_model,
+    read_options,
+    read_profiles,
+    read_shapes,
+)
+from unirt.cli.build import document as built_document
+from unirt.cli.build import show as show_built
+from unirt.cli.layers import show_report
 from unirt.cli.outcome import reporting
 from unirt.cli.terminal import (
     Column,
+    building,
     plural,
     print_heading,
     print_pairs,
@@ -19,19 +42,111 @@ from unirt.cli.terminal import (
     size_text,
     stdout,
 )
+from unirt.data import random_inputs
+from unirt.errors import OptionError
+from unirt.loading import build
 from unirt.model import Model, ModelFile
-from unirt.types import TensorSpec
+from unirt.types import Candidate, TensorSpec
 
 
 def inspect(
-    model: ModelPath, beside: Beside = False, as_json: Json = False, debug: Debug = False
+    model: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A model, or an engine such as a .plan.")
+    ],
+    candidate: Annotated[
+        str | None,
+        typer.Option(
+            "--candidate",
+            "-c",
+            help="Compile the model with this engine, backend@device:precision, and show its "
+            "layers.",
+            autocompletion=complete_candidate,
+        ),
+    ] = None,
+    times: Annotated[
+        bool, typer.Option("--times", help="Also measure each layer, on random inputs.")
+    ] = False,
+    option: OptionTexts = None,
+    profile: ProfileTexts = None,
+    shape: ShapeTexts = None,
+    seed: Seed = 0,
+    beside: Beside = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """Show a model: inputs, outputs, operators, weights, and the hash of all its bytes."""
+    """Show a model: inputs, outputs, operators, weights, and the hash of all its bytes.
+
+    With a candidate, or for an engine file, show the engine's layers too: which nodes it fused into
+    each, their types and formats, what it put between them, and what each takes.
+    """
     with reporting(as_json, debug) as report:
+        backend = _backend_of(model)
+        if backend is not None:
+            layers = backend.inspect_file(model)
+            report.document = {"engine": str(model), "layers": layers.to_dict()}
+            if not as_json:
+                show_report(stdout(), layers)
+            return
         opened = open_model(model, beside)
         report.document = document(opened)
-        if not as_json:
-            show(stdout(), opened)
+        if candidate is None:
+            _refuse_without_engine(times=times, option=option, profile=profile, shape=shape)
+            if not as_json:
+                show(stdout(), opened)
+            return
+        named = Candidate.parse(candidate)
+        options = only_for(read_options(option, named.backend), named.backend)
+        shapes = read_shapes(shape)
+        profiles = read_profiles(profile)
+        feeds = []
+        if times or (shapes and not profiles):
+            feeds = [random_inputs(opened.inputs, seed=seed, shapes=shapes)]
+        with (
+            building(opened.name, as_json) as progress,
+            hinting_beside(opened, model, named, beside),
+            build(
+                opened,
+                named,
+                options=options or None,
+                profiles=profiles,
+                samples=feeds,
+                progress=progress,
+            ) as engine,
+        ):
+            if times:
+                with engine.session() as session:
+                    layers = session.profile(feeds[0])
+            else:
+                layers = engine.inspect()
+            report.document |= {"engine": built_document(engine), "layers": layers.to_dict()}
+            if not as_json:
+                show(stdout(), opened)
+                stdout().print()
+                show_built(stdout(), engine)
+                show_report(stdout(), layers)
+
+
+def _backend_of(path: Path) -> Backend | None:
+    """The backend whose engine files are named like this one, if it is no model."""
+    if path.suffix.lower() in (".onnx", ".tflite", ""):
+        return None
+    for name in plugins.names():
+        plugin = plugins.plugin(name)
+        found = plugin.backend if plugin else None
+        if isinstance(found, SupportsEngineFiles) and path.suffix.lower() in found.engine_suffixes:
+            return plugin.backend if plugin else None
+    return None
+
+
+def _refuse_without_engine(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            raise OptionError(
+                f"--{name} says how an engine is made, and none is named.",
+                "Without a candidate, inspect reads the model file alone.",
+                "Add --candidate, for example -c tensorrt.",
+                option=name,
+            )
 
 
 def document(model: Model) -> dict[str, Any]:

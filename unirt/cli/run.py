@@ -22,12 +22,13 @@ from unirt.cli.arguments import (
     ShapeTexts,
     complete_candidate,
     hinting_beside,
+    only_for,
     open_model,
     read_options,
     read_shapes,
 )
 from unirt.cli.outcome import reporting
-from unirt.cli.terminal import Column, print_heading, print_pairs, print_table, stdout, waiting
+from unirt.cli.terminal import Column, building, print_heading, print_pairs, print_table, stdout
 from unirt.data import LABELS, random_inputs, read_arrays
 from unirt.errors import DataError, OptionError
 from unirt.loading import Decision, load
@@ -72,7 +73,7 @@ def run(
         named = Candidate.parse(candidate) if candidate else None
         options: Any = read_options(option, named.backend if named else None)
         if named:
-            options = _only(options, named.backend)
+            options = only_for(options, named.backend)
         if out is not None and out.suffix != ".npz":
             raise OptionError(
                 f"--out {out} cannot be written.",
@@ -81,9 +82,11 @@ def run(
             )
         feed, source = _feed(opened, input_ or [], inputs, shape, seed)
         with (
-            waiting(f"running {opened.name}", as_json),
+            building(opened.name, as_json) as progress,
             hinting_beside(opened, model, named, beside),
-            load(opened, named, options=options or None) as session,
+            load(
+                opened, named, options=options or None, samples=[feed], progress=progress
+            ) as session,
         ):
             outputs = session.run(feed)
             decision: Decision = session.decision
@@ -105,17 +108,6 @@ def run(
             _show(stdout(), feed, source, outputs, decision)
             if out is not None:
                 stdout().print(Text(f"Saved: {out}"))
-
-
-def _only(options: Mapping[str, Any], backend: str) -> Any:
-    others = [name for name in options if name != backend]
-    if others:
-        raise OptionError(
-            f"There are options for {others[0]!r}.",
-            f"The candidate is {backend}, and it never falls back.",
-            f"Write -o {backend}.key=value, or leave the candidate out.",
-        )
-    return options.get(backend, {})
 
 
 def _feed(

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from unirt.backend import BuildStep
 
 PATIENCE_SECONDS = 0.7
 """Nothing moves on the screen for what takes less."""
@@ -256,6 +258,42 @@ def waiting(what: str, as_json: bool) -> Iterator[None]:
         finally:
             if spinner is not None:
                 spinner.stop()
+
+
+@contextmanager
+def building(what: str, as_json: bool) -> Iterator[Callable[[BuildStep], None] | None]:
+    """As `waiting`, with a function for the steps of a build: once they come, it shows a bar."""
+    console = stderr()
+    with redirect_stdout(sys.stderr):
+        if as_json or not console.is_terminal:
+            yield None
+            return
+        spinner = _Spinner(console, f"building {what}")
+        started = time.monotonic()
+        bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        task = bar.add_task(f"building {what}", total=1.0)
+
+        def tell(step: BuildStep) -> None:
+            if time.monotonic() - started < PATIENCE_SECONDS:
+                return
+            spinner.stop()
+            bar.start()
+            if step.parent:
+                bar.update(task, description=f"building {what}: {step.phase}")
+            elif step.steps:
+                bar.update(task, completed=step.step / step.steps)
+
+        try:
+            yield tell
+        finally:
+            spinner.stop()
+            bar.stop()
 
 
 def prepare_streams() -> None:

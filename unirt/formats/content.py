@@ -165,6 +165,45 @@ class Content:
         return digest
 
 
+class Derived(Content):
+    """What a transform makes of another model's content, made when somebody first reads it.
+
+    Its hash is known before: that of the content it comes from, and of what the transform is.
+    """
+
+    def __init__(self, base: Content, make: Callable[[], bytes], how: str) -> None:
+        super().__init__(b"")
+        self._base, self._make, self._how = base, make, how
+
+    @property
+    def path(self) -> Path | None:
+        return None
+
+    @property
+    def size(self) -> int:
+        return self._base.size
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(f"{self._base.hash} {self._how}".encode()).hexdigest()
+
+    def head(self) -> bytes:
+        return self.read()[:64]
+
+    def view(self) -> memoryview:
+        return memoryview(self.read())
+
+    def read(self) -> bytes:
+        with self._lock:
+            if not self.source:
+                self.source = self._make()
+            assert isinstance(self.source, bytes)
+            return self.source
+
+    def verify(self) -> None:
+        self._base.verify()
+
+
 def find(path: Path, max_bytes: int) -> DiskFile:
     """The regular file at `path`. Raises ModelError for anything else, and when it is too large."""
     try:

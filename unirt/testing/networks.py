@@ -23,7 +23,8 @@ OPSET, IR_VERSION = 17, 8  # old enough for every engine
 @dataclass(frozen=True)
 class Network:
     """A tiny model and what it must answer. `sample(n, seed)` gives inputs with batch size n;
-    `graph` is the network whose graph it shares, if not one of its own.
+    `graph` is the network whose graph it shares, if not one of its own. `scaled` measures errors by
+    the largest value of an output.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Network:
     answer: Callable[[Mapping[str, Array]], Arrays]
     rtol: float = 1e-5
     graph: str = ""
+    scaled: bool = False
 
     def model(self, formats: Sequence[str]) -> Model:
         """The network in the first of these formats."""
@@ -46,7 +48,9 @@ class Network:
             assert isinstance(got, np.ndarray), f"{name} is {type(got).__name__}"
             assert got.dtype == value.dtype
             assert got.shape == value.shape
-            np.testing.assert_allclose(got, value, rtol=self.rtol, atol=1e-6, err_msg=name)
+            # What cancels out to nearly nothing is no more exact than the largest value.
+            atol = 1e-6 + (self.rtol * np.abs(value).max() if self.scaled and value.size else 0)
+            np.testing.assert_allclose(got, value, rtol=self.rtol, atol=atol, err_msg=name)
 
 
 def _floats(n: int, seed: int, width: int = 3) -> Array:
@@ -118,7 +122,13 @@ NETWORKS = {
             lambda n, seed: {"x": _floats(3, seed, 4)},
             lambda i: {"y": i["x"] * np.float32(2)},
         ),
-        Network("heavy", lambda n, seed: {"x": _floats(n, seed, 64)}, _heavy_answer, rtol=1e-3),
+        Network(
+            "heavy",
+            lambda n, seed: {"x": _floats(n, seed, 64)},
+            _heavy_answer,
+            rtol=5e-3,  # some engines round float32 products to TF32, about three digits each
+            scaled=True,
+        ),
     )
 }
 

@@ -1,0 +1,253 @@
+"""CUDA as the sessions need it: streams, events, pinned and device memory, captured graphs.
+
+A thin layer over cuda-bindings. Everything here belongs to one device; the caller makes it current.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+LEGACY_STREAM = 1
+"""CUDA's default stream: what producers of device arrays order their work before."""
+
+ALIGNMENT = 256
+"""What TensorRT asks of scratch memory and cudaMalloc gives."""
+
+
+class CudaError(RuntimeError):
+    """A CUDA call failed; the text holds CUDA's own name and words for it."""
+
+
+def _runtime() -> Any:
+    from cuda.bindings import runtime
+
+    return runtime
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """The value of a cuda-bindings call. Raises CudaError unless it succeeded."""
+    status = result[0]
+    if int(status) != 0:
+        runtime = _runtime()
+        with contextlib.suppress(Exception):
+            text = runtime.cudaGetErrorString(status)[1].decode()
+            raise CudaError(f"{status.name}: {text}")
+        raise CudaError(str(status))
+    if len(result) == 2:
+        return result[1]
+    return result[1:] if len(result) > 2 else None
+
+
+def aligned(size: int) -> int:
+    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def free_memory() -> tuple[int, int]:
+    """Free and total bytes of the current device."""
+    free, total = check(_runtime().cudaMemGetInfo())
+    return int(free), int(total)
+
+
+class Cuda:
+    """The calls of one device, looked up once: a tight loop cannot afford it each time."""
+
+    def __init__(self, index: int) -> None:
+        runtime = _runtime()
+        self.index = index
+        self.runtime = runtime
+        self.to_device = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.to_host = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.on_device = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.copy = runtime.cudaMemcpyAsync
+        self.wait = runtime.cudaStreamSynchronize
+        self.record = runtime.cudaEventRecord
+        self.stream_waits = runtime.cudaStreamWaitEvent
+        count = check(runtime.cudaGetDeviceCount())
+        self._several = int(count) > 1
+        self.use()
+        check(runtime.cudaFree(0))  # makes the context, so that a later failure is no surprise
+
+    def use(self) -> None:
+        """Makes the device current for this thread."""
+        if self._several or self.index:
+            check(self.runtime.cudaSetDevice(self.index))
+        else:
+            check(self.runtime.cudaSetDevice(0))
+
+    @property
+    def several(self) -> bool:
+        """Whether threads may have another device current."""
+        return self._several
+
+    def stream(self) -> Stream:
+        return Stream(self)
+
+    def event(self, *, timing: bool = False) -> Event:
+        return Event(self, timing)
+
+    def pool(self) -> MemoryPool:
+        return MemoryPool(self)
+
+
+class _Handle:
+    """A CUDA object and how it dies; it dies once, at the latest with its Python object."""
+
+    def __init__(self, handle: Any, destroy: Callable[..., Any], *arguments: Any) -> None:
+        self.handle = handle
+        self._finish = weakref.finalize(self, _quietly, destroy, *(arguments or (handle,)))
+        # At exit the driver frees everything, and may be gone already.
+        self._finish.atexit = False
+
+    def close(self) -> None:
+        self._finish()
+
+
+def _quietly(destroy: Callable[..., Any], *arguments: Any) -> None:
+    destroy(*arguments)
+
+
+class Stream(_Handle):
+    """A stream that does not wait for the default one."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        runtime = cuda.runtime
+        handle = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
+        super().__init__(handle, runtime.cudaStreamDestroy)
+        self._cuda = cuda
+        self.number = int(handle)
+
+    def synchronize(self) -> None:
+        check(self._cuda.wait(self.handle))
+
+
+class Event(_Handle):
+    def __init__(self, cuda: Cuda, timing: bool) -> None:
+        runtime = cuda.runtime
+        flags = 0 if timing else runtime.cudaEventDisableTiming
+        handle = check(runtime.cudaEventCreateWithFlags(flags))
+        super().__init__(handle, runtime.cudaEventDestroy)
+        self._cuda = cuda
+
+    def record(self, stream: Any) -> None:
+        check(self._cuda.record(self.handle, stream))
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Time between two recorded events; waits for this one."""
+        check(self._cuda.runtime.cudaEventSynchronize(self.handle))
+        milliseconds = check(self._cuda.runtime.cudaEventElapsedTime(earlier.handle, self.handle))
+        return float(milliseconds) / 1000
+
+
+class PinnedMemory(_Handle):
+    """Host memory that copies to and from the device go through without waiting."""
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        pointer = int(check(cuda.runtime.cudaHostAlloc(max(size, 1), 0)))
+        super().__init__(pointer, cuda.runtime.cudaFreeHost)
+        self.pointer, self.size = pointer, size
+
+    def view(self, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+        """A NumPy array over a part of it; it must not outlive this object."""
+        count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if count == 0:
+            return np.empty(shape, dtype)
+        raw = (ctypes.c_uint8 * count).from_address(self.pointer + offset)
+        return np.frombuffer(raw, np.uint8).view(dtype).reshape(shape)
+
+
+class DeviceMemory(_Handle):
+    """Device memory of a fixed size, aligned for TensorRT."""
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        pointer = int(check(cuda.runtime.cudaMalloc(max(size, 1))))
+        super().__init__(pointer, cuda.runtime.cudaFree)
+        self.pointer, self.size = pointer, size
+
+
+class MemoryPool(_Handle):
+    """Device memory for arrays that callers keep: cheap to take and to give back in stream order.
+
+    The pool keeps what is given back until it is closed; arrays that outlive it keep theirs.
+    """
+
+    def __init__(self, cuda: Cuda) -> None:
+        runtime = cuda.runtime
+        properties = runtime.cudaMemPoolProps()
+        properties.allocType = runtime.cudaMemAllocationType.cudaMemAllocationTypePinned
+        properties.location.type = runtime.cudaMemLocationType.cudaMemLocationTypeDevice
+        properties.location.id = cuda.index
+        handle = check(runtime.cudaMemPoolCreate(properties))
+        super().__init__(handle, runtime.cudaMemPoolDestroy)
+        self._cuda = cuda
+        threshold = runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+        from cuda.bindings import driver
+
+        check(runtime.cudaMemPoolSetAttribute(handle, threshold, driver.cuuint64_t(2**64 - 1)))
+
+    def allocate(self, size: int, stream: Stream) -> PoolMemory:
+        """Memory that may be used by `stream` from now on."""
+        runtime = self._cuda.runtime
+        pointer = check(runtime.cudaMallocFromPoolAsync(max(size, 1), self.handle, stream.handle))
+        return PoolMemory(self, int(pointer), size)
+
+
+class PoolMemory:
+    """A piece of a MemoryPool. Dropping it returns the memory once the default stream, and every
+    stream that was told of by `read_on`, have reached this point: their readers are done then.
+    """
+
+    __slots__ = ("_pool", "_readers", "pointer", "size")
+
+    def __init__(self, pool: MemoryPool, pointer: int, size: int) -> None:
+        self._pool, self.pointer, self.size = pool, pointer, size
+        self._readers: set[int] | None = None
+
+    def read_on(self, stream: int) -> None:
+        """Somebody reads it in the order of this CUDA stream."""
+        if stream > LEGACY_STREAM:
+            self._readers = (self._readers or set()) | {stream}
+
+    def __del__(self) -> None:
+        # While Python shuts down, modules are half gone and the process gives all memory back.
+        with contextlib.suppress(Exception):
+            runtime = self._pool._cuda.runtime
+            for stream in self._readers or ():
+                event = self._pool._cuda.event()
+                if int(runtime.cudaEventRecord(event.handle, stream)[0]):
+                    runtime.cudaDeviceSynchronize()  # that stream is gone; its work may not be
+                else:
+                    runtime.cudaStreamWaitEvent(LEGACY_STREAM, event.handle, 0)
+            runtime.cudaFreeAsync(self.pointer, LEGACY_STREAM)
+
+
+class Graph(_Handle):
+    """Work of a stream, captured once and launched again as a whole.
+
+    Addresses and shapes are frozen in it; whoever changes them must capture anew.
+    """
+
+    def __init__(self, cuda: Cuda, stream: Stream, enqueue: Callable[[], None]) -> None:
+        runtime = cuda.runtime
+        # Relaxed would let a mistake pass; global would forbid other threads their allocations.
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        check(runtime.cudaStreamBeginCapture(stream.handle, mode))
+        try:
+            enqueue()
+        finally:
+            result = runtime.cudaStreamEndCapture(stream.handle)
+        graph = check(result)
+        try:
+            executable = check(runtime.cudaGraphInstantiate(graph, 0))
+        finally:
+            runtime.cudaGraphDestroy(graph)
+        super().__init__(executable, runtime.cudaGraphExecDestroy)
+        self._launch = runtime.cudaGraphLaunch
+
+    def launch(self, stream: Stream) -> None:
+        check(self._launch(self.handle, stream.handle))

@@ -1,0 +1,478 @@
+"""An engine: a plan, deserialized where there is a GPU, and what all its sessions share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unirt import (
+    BackendUnavailable,
+    BuildError,
+    Device,
+    Engine,
+    EngineReport,
+    InputError,
+    ModelFile,
+    Session,
+    ShapeProfile,
+    TensorSpec,
+)
+from unirt_tensorrt import _cache, _layers
+from unirt_tensorrt._cuda import Cuda, DeviceMemory, aligned, check
+from unirt_tensorrt._lane import Lane, Scratch, Shape, Tensor
+from unirt_tensorrt._library import ERROR, WARNING, Library, Message
+from unirt_tensorrt._options import TensorRTOptions
+from unirt_tensorrt._session import TensorRTSession
+
+log = logging.getLogger("unirt.tensorrt")
+
+# trt.DataType -> UniRT's name. Four-bit types never cross the border of an engine.
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+    "FP8": "float8_e4m3fn",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A plan and what is known of it: made by the builder just now, or found in the cache.
+
+    `report` is the builder's own account of the layers; `repairs` and `warnings` are sentences for
+    the user; `builds` tells of each build, where several competed.
+    """
+
+    blob: bytes
+    profiles: tuple[ShapeProfile, ...]
+    report: EngineReport | None
+    repairs: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    builds: Mapping[str, object] | None = None
+    cached: bool = False
+
+
+class TensorRTEngine(Engine):
+    """Thread-safe: contexts are made under a lock, and everything else is read-only."""
+
+    engine_graphs = False
+    """Whether contexts capture and replay CUDA graphs by themselves."""
+    captures = False
+    """Whether lanes do it for them."""
+
+    def __init__(
+        self,
+        library: Library,
+        file: ModelFile,
+        device: Device,
+        options: TensorRTOptions,
+        compiled: Compiled,
+        store: _cache.RuntimeStore | None,
+    ) -> None:
+        self.library, self.settings = library, options
+        self._compiled = compiled
+        self._store = store
+        self._making = threading.Lock()
+        self.ahead = device.kind != "cuda"
+        self._facts = _facts(library, options, compiled)
+        if self.ahead:
+            return
+        self.cuda = Cuda(device.index or 0)
+        self._open(file)
+
+    @property
+    def plan(self) -> bytes:
+        """The serialized engine, as TensorRT's own tools read it."""
+        return self._compiled.blob
+
+    def tell_builds(self, builds: Mapping[str, object]) -> None:
+        """Keeps how several builds compared."""
+        self._compiled = dataclasses.replace(self._compiled, builds=builds)
+        self._facts = _facts(self.library, self.settings, self._compiled)
+
+    # What sessions share
+
+    def _open(self, file: ModelFile) -> None:
+        trt = self.library.module
+        with self.library.capture() as messages:
+            self._runtime = trt.Runtime(self.library.logger)
+            self.native = self._runtime.deserialize_cuda_engine(self._compiled.blob)
+        if self.native is None:
+            raise BuildError(
+                f"{self.library.flavour} {self.library.version} cannot load this engine.",
+                _told(messages) or "It gave no reason.",
+                "Build it on this machine with this version, or try another candidate.",
+                backend="tensorrt",
+                log=[message.text for message in messages if message.severity <= ERROR],
+            )
+        self.tensors = self._read_tensors(file)
+        self.output_names = [tensor.name for tensor in self.tensors if not tensor.is_input]
+        self.data_dependent: frozenset[str] = frozenset()
+        self._set_weight_budget()
+        self._config, self._runtime_cache = self._runtime_config(plain=False)
+        self._plain_config, _ = self._runtime_config(plain=True)
+        self._ranges = self._read_ranges()
+        # The tightest profile that fits a call is the first one here.
+        self._by_spread = sorted(
+            range(len(self._ranges)), key=lambda index: self._ranges[index].spread
+        )
+        self.arrays = self.cuda.pool()
+        self.shared_scratch = Scratch(self, shared=True) if self.settings.share_memory else None
+
+    def _read_tensors(self, file: ModelFile) -> tuple[Tensor, ...]:
+        trt, native = self.library.module, self.native
+        specs = {spec.name: spec for spec in (*file.inputs, *file.outputs)}
+        tensors = []
+        for index in range(native.num_io_tensors):
+            name = native.get_tensor_name(index)
+            kind = native.get_tensor_dtype(name).name
+            dtype = DTYPES.get(kind)
+            declared = specs[name].dtype if name in specs else dtype
+            if dtype is None or declared not in (dtype, "undefined"):
+                raise BuildError(
+                    f"TensorRT has no {declared} for {name!r}.",
+                    f"It would use {dtype or kind} there without a word.",
+                    f"Cast {name!r} inside the model, or use another engine such as onnxruntime.",
+                    backend="tensorrt",
+                    name=name,
+                )
+            tensors.append(
+                Tensor(
+                    name,
+                    native.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+                    dtype,
+                    TensorSpec(name, dtype, ()).numpy_dtype,
+                    native.get_tensor_location(name) == trt.TensorLocation.HOST,
+                )
+            )
+        # Callers' names stand in the model's own order.
+        order = {name: position for position, name in enumerate(specs)}
+        return tuple(sorted(tensors, key=lambda tensor: order.get(tensor.name, len(order))))
+
+    def _read_ranges(self) -> tuple[ShapeProfile, ...]:
+        native = self.native
+        found = []
+        for index in range(native.num_optimization_profiles):
+            shapes, values = {}, {}
+            for tensor in self.tensors:
+                if not tensor.is_input:
+                    continue
+                bounds = native.get_tensor_profile_shape(tensor.name, index)
+                shapes[tensor.name] = tuple(tuple(shape) for shape in bounds)
+                if tensor.on_host:
+                    # By position: the binding calls its two parameters by each other's name.
+                    limits = native.get_tensor_profile_values(index, tensor.name)
+                    if limits and all(len(one) for one in limits):
+                        values[tensor.name] = tuple(tuple(one) for one in limits)
+            found.append(ShapeProfile(shapes, values))
+        return tuple(found)
+
+    def _runtime_config(self, *, plain: bool) -> tuple[Any, Any]:
+        """How contexts are made, and the kernels compiled for this GPU so far (RTX only).
+
+        `plain` contexts run without the engine's own CUDA graphs, so that layers can be timed.
+        """
+        trt, native, options = self.library.module, self.native, self.settings
+        self.captures = options.cuda_graphs in ("auto", "capture")
+        if not hasattr(native, "create_runtime_config"):
+            return None, None
+        config = native.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        if hasattr(config, "cuda_graph_strategy"):
+            whole = options.cuda_graphs in ("auto", "engine")
+            self.captures, self.engine_graphs = options.cuda_graphs == "capture", whole
+            strategy = trt.CudaGraphStrategy
+            config.cuda_graph_strategy = (
+                strategy.WHOLE_GRAPH_CAPTURE if whole and not plain else strategy.DISABLED
+            )
+        name = "dynamic_shapes_kernel_specialization_strategy"
+        if hasattr(config, name):
+            # Lazily compiled kernels arrive while calls run, which doubles the time of some; the
+            # first call of a shape costs about the same either way (docs/tensorrt.md).
+            wanted = "EAGER" if options.specialization == "auto" else options.specialization.upper()
+            setattr(config, name, getattr(type(getattr(config, name)), wanted))
+        cache = None
+        if hasattr(config, "create_runtime_cache") and self._store is not None and not plain:
+            cache = config.create_runtime_cache()
+            known = self._store.load()
+            if known:
+                with self.library.capture() as messages:
+                    if not cache.deserialize(known):
+                        log.info("the runtime cache does not fit here: %s", _told(messages))
+            config.set_runtime_cache(cache)
+        elif plain and getattr(self, "_runtime_cache", None) is not None:
+            config.set_runtime_cache(self._runtime_cache)
+        return config, cache
+
+    def _set_weight_budget(self) -> None:
+        budget = self.settings.weight_streaming_budget
+        if not self.settings.weight_streaming:
+            return
+        name = "weight_streaming_budget_v2"
+        name = name if hasattr(self.native, name) else "weight_streaming_budget"
+        if budget is None:
+            automatic = getattr(self.native, "get_weight_streaming_automatic_budget", None)
+            if automatic is None:
+                return
+            setattr(self.native, name, int(automatic()))
+            return
+        setattr(self.native, name, budget << 20)
+
+    def new_context(self, *, plain: bool = False) -> Any:
+        """An execution context that computes in memory it is given. Raises RuntimeError."""
+        trt = self.library.module
+        with self._making, self.library.capture() as messages:
+            config = self._plain_config if plain else self._config
+            if config is not None:
+                context = self.native.create_execution_context(config)
+            else:
+                context = self.native.create_execution_context(
+                    trt.ExecutionContextAllocationStrategy.USER_MANAGED
+                )
+        if context is None:
+            raise RuntimeError(f"no execution context: {_told(messages) or 'no reason given'}")
+        return context
+
+    def scratch_size(self, context: Any, profile: int) -> int:
+        """Bytes that the context computes in, for the shapes it has now.
+
+        Where the engine replays graphs of its own, for the largest shapes: a graph holds addresses,
+        so this memory must never move.
+        """
+        if self.engine_graphs:
+            name = "device_memory_size_v2"
+            return int(getattr(self.native, name if hasattr(self.native, name) else name[:-3]))
+        if hasattr(context, "update_device_memory_size_for_shapes"):
+            return int(context.update_device_memory_size_for_shapes())
+        if hasattr(self.native, "get_device_memory_size_for_profile_v2"):
+            return int(self.native.get_device_memory_size_for_profile_v2(profile))
+        return int(self.native.device_memory_size)
+
+    def choose(self, shapes: Mapping[str, Shape], values: Mapping[str, Any]) -> int:
+        """The tightest profile for these inputs. Raises InputError that names every range."""
+        for index in self._by_spread:
+            profile = self._ranges[index]
+            if profile.fits(shapes) and _within(profile, values):
+                return index
+        raise self.refused(shapes, [])
+
+    def refused(self, shapes: Mapping[str, Shape], messages: Sequence[Message]) -> InputError:
+        given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        ranges = " | ".join(str(_only_dynamic(profile)) for profile in self._ranges)
+        told = _told(messages)
+        return InputError(
+            f"No profile of this engine takes {given}.",
+            f"It was built for: {ranges}.{' ' + told if told else ''}",
+            "Build it for this shape too: unirt.build(..., profiles=[...]) or hot_shapes=[...].",
+            shapes=dict(shapes),
+            profiles=self._ranges,
+        )
+
+    def allocator_type(self) -> Any:
+        return _allocator_type(self.library.module)
+
+    # What is kept
+
+    def ran_first(self) -> None:
+        """A set of shapes ran for the first time: kernels may have been compiled for it."""
+        if self._runtime_cache is not None:
+            self.save_runtime_cache()
+
+    def save_runtime_cache(self) -> None:
+        if self._store is None or self._runtime_cache is None:
+            return
+        try:
+            with self._making:
+                self._store.save(bytes(self._runtime_cache.serialize()))
+        except Exception as error:  # noqa: BLE001 - a cache that cannot be kept costs time only
+            log.warning("the runtime cache cannot be saved: %s", error)
+
+    def _new_session(self) -> Session:
+        if self.ahead:
+            raise BackendUnavailable(
+                "This engine was built ahead of time and cannot run here.",
+                "It was compiled for the device `aot`, without a GPU.",
+                "Save it with engine.save(path), or build it as tensorrt@cuda:0 on a machine with "
+                "an NVIDIA GPU.",
+                backend="tensorrt",
+            )
+        return TensorRTSession(self)
+
+    def _inspect(self) -> EngineReport:
+        graph = self._compiled.report.graph if self._compiled.report else {}
+        if not self.ahead:
+            trt = self.library.module
+            inspector = self.native.create_engine_inspector()
+            text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+            if text:
+                return _layers.from_inspector(text, graph)
+        if self._compiled.report is None:
+            raise BackendUnavailable(
+                "Nobody tells the layers of this engine.",
+                "It was built with verbosity=none, or its report was lost.",
+                "Build it with verbosity=detailed.",
+                backend="tensorrt",
+            )
+        return self._compiled.report
+
+    def _save(self, path: Path) -> None:
+        _cache.write_plan(path, self._compiled, self.library)
+
+    def measure(self, runs: int = 30) -> float:
+        """Median seconds of device time of one run at the first profile's common shapes."""
+        lane = Lane(self)
+        try:
+            profile = self._ranges[0] if self._ranges else ShapeProfile({})
+            inputs = {}
+            for tensor in self.tensors:
+                if not tensor.is_input:
+                    continue
+                shape = profile.shapes[tensor.name][1] if tensor.name in profile.shapes else ()
+                value = np.ones(shape, tensor.numpy_dtype)
+                if tensor.name in profile.values:
+                    value = np.array(profile.values[tensor.name][1], tensor.numpy_dtype)
+                    value = value.reshape(shape)
+                inputs[tensor.name] = value
+            return lane.seconds(inputs, runs)
+        finally:
+            lane.close()
+
+    def _close(self) -> None:
+        if self.ahead:
+            return
+        self.save_runtime_cache()
+        if self.shared_scratch is not None:
+            self.shared_scratch.close()
+        self.arrays.close()
+        # In this order: contexts are gone with their lanes, and an engine needs its runtime.
+        del self._config, self._plain_config, self._runtime_cache
+        del self.native
+        del self._runtime
+
+
+def inspect_plan(library: Library, blob: bytes) -> EngineReport:
+    """The layers of a plan that somebody built, as the engine's inspector tells them. Needs a GPU;
+    raises BuildError where it does not load here.
+    """
+    trt = library.module
+    Cuda(0)
+    with library.capture() as messages:
+        runtime = trt.Runtime(library.logger)
+        native = runtime.deserialize_cuda_engine(blob)
+    if native is None:
+        raise BuildError(
+            f"{library.flavour} {library.version} cannot load this plan.",
+            _told(messages) or "It gave no reason.",
+            "Use the version and GPU that it was built for.",
+            backend="tensorrt",
+        )
+    inspector = native.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return _layers.from_inspector(text, {})
+
+
+def _facts(library: Library, options: TensorRTOptions, compiled: Compiled) -> dict[str, object]:
+    facts: dict[str, object] = {
+        "flavour": library.flavour,
+        "version": library.version,
+        "plan_bytes": len(compiled.blob),
+        "profiles": [str(_only_dynamic(profile)) for profile in compiled.profiles],
+        "cached": compiled.cached,
+        "lanes": options.lanes,
+    }
+    if compiled.repairs:
+        facts["repairs"] = list(compiled.repairs)
+    if compiled.warnings:
+        facts["warnings"] = list(compiled.warnings)
+    if compiled.builds:
+        facts["builds"] = dict(compiled.builds)
+    return facts
+
+
+def _told(messages: Sequence[Message]) -> str:
+    errors = [message.text.strip() for message in messages if message.severity <= WARNING]
+    return " ".join(dict.fromkeys(errors))
+
+
+def _within(profile: ShapeProfile, values: Mapping[str, Any]) -> bool:
+    for name, value in values.items():
+        bounds = profile.values.get(name)
+        if bounds is not None:
+            flat = tuple(int(one) for one in np.asarray(value).reshape(-1))
+            if len(flat) != len(bounds[0]) or not all(
+                low <= one <= high
+                for low, one, high in zip(bounds[0], flat, bounds[2], strict=True)
+            ):
+                return False
+    return True
+
+
+def _only_dynamic(profile: ShapeProfile) -> ShapeProfile:
+    """Without the inputs that have one shape only, unless there is nothing else to say."""
+    shapes = {name: one for name, one in profile.shapes.items() if one[0] != one[2]}
+    return ShapeProfile(shapes, profile.values) if shapes or profile.values else profile
+
+
+_ALLOCATORS: dict[str, Any] = {}
+
+
+def _allocator_type(trt: Any) -> Any:
+    """A class of output allocators: TensorRT says while it computes how large an output is."""
+    if trt.__name__ in _ALLOCATORS:
+        return _ALLOCATORS[trt.__name__]
+
+    class OutputAllocator(trt.IOutputAllocator):  # type: ignore[misc] # the library's own base
+        def __init__(self, cuda: Cuda) -> None:
+            trt.IOutputAllocator.__init__(self)
+            self._cuda = cuda
+            self._memory: DeviceMemory | None = None
+            self._shape: Shape = ()
+
+        def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
+            if self._memory is None or self._memory.size < size:
+                if self._memory is not None:
+                    self._memory.close()
+                self._memory = DeviceMemory(self._cuda, aligned(max(size, 1)))
+            return self._memory.pointer
+
+        def reallocate_output_async(
+            self, name: str, memory: int, size: int, alignment: int, stream: int
+        ) -> int:
+            return self.reallocate_output(name, memory, size, alignment)
+
+        def notify_shape(self, name: str, shape: Any) -> None:
+            self._shape = tuple(shape)
+
+        def fetch(self, tensor: Tensor) -> Any:
+            """The output as a new host array; the stream has been waited for."""
+            array = np.empty(self._shape, tensor.numpy_dtype)
+            if array.nbytes and self._memory is not None:
+                runtime, pointer = self._cuda.runtime, self._memory.pointer
+                check(
+                    runtime.cudaMemcpy(array.ctypes.data, pointer, array.nbytes, self._cuda.to_host)
+                )
+            return array
+
+    _ALLOCATORS[trt.__name__] = OutputAllocator
+    return OutputAllocator
+
+
+def quiet_deprecations() -> contextlib.AbstractContextManager[Any]:
+    """TensorRT announces the end of members that other flavours still need."""
+    return warnings.catch_warnings(action="ignore", category=DeprecationWarning)

@@ -1,0 +1,723 @@
+"""Casting to fp16 and bf16: right answers, right types, and a reason for what stays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper, parser
+from onnx.reference import ReferenceEvaluator
+
+import unirt
+from unirt.precision import Cast, cast
+
+DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "digits.onnx"
+RANDOM = np.random.default_rng(0)
+
+Arrays = Mapping[str, Any]
+
+
+def weight(*shape: int, scale: float = 1.0) -> Any:
+    return (RANDOM.standard_normal(shape) * scale).astype(np.float32)
+
+
+def graph(
+    text: str, weights: Arrays | None = None, opset: int = 17, ir: int = 8, extra: str = ""
+) -> onnx.ModelProto:
+    """A model from ONNX's text form, with arrays as initializers."""
+    domains = f'["": {opset}, "local": 1, "acme": 1]'
+    model = parser.parse_model(f"<ir_version: {ir}, opset_import: {domains}> {text} {extra}")
+    for name, array in (weights or {}).items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+    return model
+
+
+def proto(result: Cast) -> onnx.ModelProto:
+    return onnx.load_from_string(result.model.primary.read())
+
+
+def run(model: onnx.ModelProto, feed: Arrays) -> list[Any]:
+    runtime = pytest.importorskip("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return list(session.run(None, dict(feed)))
+
+
+def narrow(
+    model: onnx.ModelProto, feed: Arrays, error: float, **options: Any
+) -> tuple[onnx.ModelProto, Cast]:
+    """Casts to fp16 and checks it: valid in full, answers within `error` of the largest value."""
+    result = cast(model, "fp16", **options)
+    made = proto(result)
+    onnx.checker.check_model(made, full_check=True)
+    low = {
+        name: np.asarray(value).astype(np.float16)
+        if not options.get("keep_io", True) and np.asarray(value).dtype == np.float32
+        else value
+        for name, value in feed.items()
+    }
+    for expected, got in zip(run(model, feed), run(made, low), strict=True):
+        scale = np.abs(expected).max(initial=0)
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), expected, rtol=0, atol=error * scale
+        )
+    return made, result
+
+
+def casts(model: onnx.ModelProto) -> int:
+    return sum(node.op_type == "Cast" for node in model.graph.node)
+
+
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    """Element types of all tensors as ONNX infers them, without believing the file's own."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.value_info[:]
+    inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True).graph
+    values = (*inferred.value_info, *inferred.input, *inferred.output)
+    found = {value.name: value.type.tensor_type.elem_type for value in values}
+    return found | {tensor.name: tensor.data_type for tensor in inferred.initializer}
+
+
+def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.name == name)
+
+
+def input_types(model: onnx.ModelProto, name: str) -> list[int]:
+    known = types(model)
+    return [known[tensor] for tensor in node(model, name).input if tensor]
+
+
+HALF, FLOAT, BFLOAT16 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.BFLOAT16
+
+CNN = """
+cnn (float[N,3,8,8] x) => (float[N,5] y) {
+  [conv] c = Conv <pads = [1,1,1,1]> (x, w, b)
+  [bn] n = BatchNormalization (c, scale, shift, mean, var)
+  [relu] r = Relu (n)
+  [pool] p = GlobalAveragePool (r)
+  [flat] f = Flatten (p)
+  [fc] y = Gemm <transB = 1> (f, wf, bf)
+}"""
+CNN_WEIGHTS = {
+    "w": weight(6, 3, 3, 3, scale=0.3),
+    "b": weight(6),
+    "scale": weight(6),
+    "shift": weight(6),
+    "mean": weight(6),
+    "var": np.abs(weight(6)) + 0.5,
+    "wf": weight(5, 6),
+    "bf": weight(5),
+}
+
+
+def test_a_convolutional_network_computes_in_fp16_between_float32_ends() -> None:
+    model = graph(CNN, CNN_WEIGHTS)
+    made, result = narrow(model, {"x": weight(2, 3, 8, 8)}, 5e-3)
+    assert result.kept == {}
+    assert result.notes == ()
+    assert casts(made) == 2
+    known = types(made)
+    assert [known["x"], known["y"]] == [FLOAT, FLOAT]
+    assert {known[name] for name in (*CNN_WEIGHTS, "c", "n", "r", "p", "f")} == {HALF}
+    assert {n.name for n in model.graph.node} <= {n.name for n in made.graph.node}
+    assert result.model.primary.size < 0.75 * unirt.Model(model).size
+
+
+def test_inputs_and_outputs_become_narrow_when_told_so() -> None:
+    made, result = narrow(graph(CNN, CNN_WEIGHTS), {"x": weight(2, 3, 8, 8)}, 5e-3, keep_io=False)
+    assert casts(made) == 0
+    assert [str(s.dtype) for s in (*result.model.inputs, *result.model.outputs)] == ["float16"] * 2
+    assert [s.name for s in (*result.model.inputs, *result.model.outputs)] == ["x", "y"]
+
+
+def test_a_model_keeps_its_name_and_its_answers() -> None:
+    result = cast(DIGITS, "fp16")
+    assert result.model.name == "digits"
+    assert result.precision == "fp16"
+    images = np.load(DIGITS.with_name("test.npz"))
+    image = next(images[key] for key in images.files if images[key].ndim == 4)[:32]
+    expected = run(onnx.load(DIGITS), {"image": image})[0]
+    got = run(proto(result), {"image": image})[0]
+    np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max())
+    assert (got.argmax(1) == expected.argmax(1)).all()
+
+
+TRANSFORMER = """
+block (float[N,T,16] x, bool[N,1,T,T] mask) => (float[N,T,16] y) {
+  [norm] n = LayerNormalization <axis = -1> (x, g1, b1)
+  [q] q0 = MatMul (n, wq)
+  [k] k0 = MatMul (n, wk)
+  [v] v0 = MatMul (n, wv)
+  heads = Constant <value_ints = [0, 0, 2, 8]> ()
+  [qr] q1 = Reshape (q0, heads)
+  [kr] k1 = Reshape (k0, heads)
+  [vr] v1 = Reshape (v0, heads)
+  [qt] q2 = Transpose <perm = [0,2,1,3]> (q1)
+  [kt] k2 = Transpose <perm = [0,2,3,1]> (k1)
+  [vt] v2 = Transpose <perm = [0,2,1,3]> (v1)
+  [scores] s0 = MatMul (q2, k2)
+  scale = Constant <value_float = 0.35355339> ()
+  [scaled] s1 = Mul (s0, scale)
+  lowest = Constant <value = float {-3.4028235e38}> ()
+  zero = Constant <value = float {0}> ()
+  [bias] m = Where (mask, zero, lowest)
+  [masked] s2 = Add (s1, m)
+  [softmax] p = Softmax <axis = -1> (s2)
+  [context] c0 = MatMul (p, v2)
+  [ct] c1 = Transpose <perm = [0,2,1,3]> (c0)
+  flat = Constant <value_ints = [0, 0, 16]> ()
+  [cr] c2 = Reshape (c1, flat)
+  [out] c3 = MatMul (c2, wo)
+  [residual] y = Add (x, c3)
+}"""
+TRANSFORMER_WEIGHTS = {name: weight(16, 16, scale=0.2) for name in ("wq", "wk", "wv", "wo")} | {
+    "g1": weight(16),
+    "b1": weight(16),
+}
+
+
+def test_a_transformer_block_masks_with_the_lowest_number_that_fp16_has() -> None:
+    mask = np.tril(np.ones((1, 1, 6, 6), bool)).repeat(2, 0)
+    feed = {"x": weight(2, 6, 16), "mask": mask}
+    made, result = narrow(graph(TRANSFORMER, TRANSFORMER_WEIGHTS), feed, 5e-3)
+    assert result.kept == {}
+    assert len(result.notes) == 1
+    assert "'lowest'" in result.notes[0]
+    assert "65504" in result.notes[0]
+    assert set(input_types(made, "softmax")) == {HALF}
+    mask[1, 0, 0] = False  # all of a row: with -inf in place of the lowest it would be NaN
+    assert np.isfinite(run(made, feed)[0]).all()
+
+
+@pytest.mark.parametrize("opset", [11, 13, 18, 19])
+def test_resize_keeps_float32_scales(opset: int) -> None:
+    text = """
+    g (float[1,2,5,5] x) => (float[1,2,10,10] y) {
+      [a] a = Relu (x)
+      [resize] r = Resize <mode = "linear"> (a, roi, scales)
+      [b] y = Sigmoid (r)
+    }"""
+    weights = {"roi": np.zeros(0, np.float32), "scales": np.array([1, 1, 2, 2], np.float32)}
+    made, result = narrow(graph(text, weights, opset), {"x": weight(1, 2, 5, 5)}, 5e-3)
+    assert input_types(made, "resize") == [HALF, FLOAT, FLOAT]
+    assert casts(made) == 2
+    assert result.kept == {}
+
+
+def test_an_operator_that_takes_no_fp16_stays_with_its_reason() -> None:
+    text = """
+    g (float[1,4,4] boxes, float[1,1,4] scores, float[4] z) => (int64[K,3] y, float[4] v) {
+      [nms] y = NonMaxSuppression (boxes, scores)
+      [v] v = Exp (z)
+    }"""
+    feed = {"boxes": np.abs(weight(1, 4, 4)), "scores": weight(1, 1, 4), "z": weight(4)}
+    _, result = narrow(graph(text), feed, 5e-3)
+    assert result.kept == {"nms": "NonMaxSuppression has no fp16 form in opset 17"}
+
+
+@pytest.mark.parametrize("keep_io", [True, False])
+@pytest.mark.parametrize("flag", [True, False])
+def test_branches_read_captured_values_in_float32(keep_io: bool, flag: bool) -> None:
+    text = """
+    g (float[4] x, bool flag) => (float[4] y, float[4] z) {
+      [a] a = Exp (x)
+      [z] z = Mul (a, w)
+      [choose] i = If (flag) <
+        then_branch = t () => (float[4] t) {
+          [inner] t1 = Mul (a, w)
+          t2 = Add (t1, x)
+          [nested] t = If (flag) <
+            then_branch = u () => (float[4] u) { u = Add (t2, a) },
+            else_branch = v () => (float[4] v) { v = Sub (t2, z) }>
+        },
+        else_branch = e () => (float[4] e) { e = Add (a, z) }>
+      [c] y = Sqrt (i)
+    }"""
+    model = graph(text, {"w": np.abs(weight(4))})
+    feed = {"x": np.abs(weight(4)), "flag": np.array(flag)}
+    made, result = narrow(model, feed, 5e-3, keep_io=keep_io)
+    assert set(result.kept) == {"choose"}
+    assert "subgraph" in result.kept["choose"]
+    assert input_types(made, "c") == [HALF]
+
+
+def test_a_loop_carries_float32_and_reads_captured_values() -> None:
+    text = """
+    g (float[3] x) => (float[3] y, float[T,3] all) {
+      [a] a = Sigmoid (x)
+      n = Constant <value_int = 5> ()
+      on = Constant <value = bool {1}> ()
+      [loop] s, all = Loop (n, on, a) <
+        body = b (int64 i, bool c, float[3] v) => (bool c2, float[3] v2, float[3] o) {
+          c2 = Identity (c)
+          v1 = Mul (v, w)
+          v2 = Add (v1, a)
+          o = Neg (v2)
+        }>
+      [end] y = Tanh (s)
+    }"""
+    made, result = narrow(graph(text, {"w": weight(3)}), {"x": weight(3)}, 5e-3)
+    assert set(result.kept) == {"loop"}
+    assert input_types(made, "end") == [HALF]
+
+
+def test_the_models_own_functions_stay_in_float32() -> None:
+    text = """
+    g (float[4] x) => (float[4] y) {
+      [a] a = Exp (x)
+      [call] b = local.twice (a)
+      [c] y = Sqrt (b)
+    }"""
+    body = """
+    <domain: "local", opset_import: ["": 17]> twice (v) => (r) { r = Add (v, v) }"""
+    made, result = narrow(graph(text, extra=body), {"x": weight(4)}, 5e-3)
+    assert set(result.kept) == {"call"}
+    assert "function" in result.kept["call"]
+    assert input_types(made, "c") == [HALF]
+
+
+QDQ = """
+g (float[1,4,8,8] x) => (float[1,4,4,4] y) {
+  [xq] xq = QuantizeLinear (x, s, z)
+  [xd] xd = DequantizeLinear (xq, s, z)
+  [wd] wd = DequantizeLinear <axis = 0> (wq, ws, wz)
+  [conv] c = Conv <pads = [1,1,1,1]> (xd, wd, b)
+  [relu] r = Relu (c)
+  [rq] rq = QuantizeLinear (r, s, z)
+  [rd] rd = DequantizeLinear (rq, s, z)
+  [pool] p = MaxPool <kernel_shape = [2,2], strides = [2,2]> (rd)
+  [pq] pq = QuantizeLinear (p, s, z)
+  [pd] y = DequantizeLinear (pq, s, z)
+}"""
+QDQ_WEIGHTS = {
+    "s": np.float32(0.03),
+    "z": np.int8(0),
+    "wq": RANDOM.integers(-127, 128, (4, 4, 3, 3)).astype(np.int8),
+    "ws": np.full(4, 2e-3, np.float32),
+    "wz": np.zeros(4, np.int8),
+    "b": weight(4),
+}
+
+
+def test_quantization_keeps_float32_scales_and_what_stands_between_keeps_its_neighbours() -> None:
+    made, result = narrow(graph(QDQ, QDQ_WEIGHTS), {"x": weight(1, 4, 8, 8)}, 0.03)
+    known = types(made)
+    assert [known["s"], known["ws"]] == [FLOAT, FLOAT]
+    assert input_types(made, "conv") == [HALF, HALF, HALF]
+    assert set(result.kept) == {"xq", "xd", "wd", "rq", "rd", "pool", "pq", "pd"}
+    # Behind xd and wd, and before rq: none around the pool, none at the ends.
+    assert casts(made) == 3
+
+
+def test_a_weight_shared_by_both_widths_is_there_in_both() -> None:
+    text = """
+    g (float[4] x, float[4] z) => (float[4] y, float[4] v) {
+      k = Constant <value_floats = [1.5, 2.5, 0.5, 3.0]> ()
+      [low] l0 = Mul (x, w)
+      [low2] y = Mul (l0, k)
+      [high0] h0 = Mul (z, big)
+      [high] h1 = Div (h0, big)
+      [unknown] h2 = acme.Strange (w, k)
+      [v] v = Mul (h1, w)
+    }"""
+    weights = {"w": weight(4), "big": np.full(4, 1e5, np.float32)}
+    made = proto(cast(graph(text, weights), "fp16"))
+    by_name = {tensor.name: tensor.data_type for tensor in made.graph.initializer}
+    assert by_name == {"w": FLOAT, "w__fp16": HALF, "big": FLOAT}
+    assert node(made, "low").input[1] == "w__fp16"
+    assert node(made, "low2").input[1] == "k__fp16"
+    assert list(node(made, "unknown").input) == ["w", "k"]
+
+
+def test_constants_in_nodes_are_cast_in_every_form() -> None:
+    text = """
+    g (float[3] x, int64[1] shape, int64[3] i) => (float[3] y) {
+      a = Constant <value_float = 2.5> ()
+      b = Constant <value_floats = [1.0, 2.0, 3.0]> ()
+      c = Constant <value = float[3] {4.0, 5.0, 6.0}> ()
+      d0 = ConstantOfShape (shape)
+      d1 = ConstantOfShape <value = float[1] {7.0}> (shape)
+      e = Cast <to = 1> (i)
+      s0 = Add (x, a)
+      s1 = Add (s0, b)
+      s2 = Add (s1, c)
+      s3 = Add (s2, d0)
+      s4 = Add (s3, d1)
+      y = Add (s4, e)
+    }"""
+    feed = {"x": weight(3), "shape": np.array([3]), "i": np.arange(3)}
+    made, result = narrow(graph(text), feed, 5e-3)
+    known = types(made)
+    assert {known[name] for name in ("a", "b", "c", "d0", "d1", "e")} == {HALF}
+    assert result.kept == {}
+
+
+def test_generators_make_the_narrow_type_or_say_that_they_do_not() -> None:
+    text = """
+    g (float[2,2] x) => (float[2,2] y) {
+      [eye] a = EyeLike (x)
+      [noise] b = RandomNormalLike (x)
+      [free] c = RandomUniform <shape = [2, 2], low = 1.0> ()
+      s0 = Add (a, b)
+      s1 = Add (s0, c)
+      y = Add (s1, x)
+    }"""
+    made = proto(cast(graph(text), "fp16"))
+    onnx.checker.check_model(made, full_check=True)
+    assert {types(made)[name] for name in ("a", "b", "c")} == {HALF}
+    (y,) = ReferenceEvaluator(made).run(None, {"x": weight(2, 2)})
+    assert np.isfinite(y).all()
+
+
+def test_weights_beyond_the_range_keep_their_node_in_float32() -> None:
+    text = (
+        "g (float[4] x) => (float[4] y) { [big] a = Mul (x, w) [back] b = Mul (a, v) y = Exp (b) }"
+    )
+    weights = {"w": np.array([1, 2, 1e5, 70000], np.float32), "v": np.full(4, 1e-5, np.float32)}
+    made, result = narrow(graph(text, weights), {"x": np.full(4, 0.5, np.float32)}, 5e-3)
+    assert set(result.kept) == {"big"}
+    assert "2 of 4 values of 'w' are beyond fp16" in result.kept["big"]
+    assert types(made)["w"] == FLOAT
+    assert not cast(graph(text, weights), "bf16").kept
+
+
+def test_weights_that_would_vanish_keep_their_node_in_float32() -> None:
+    text = """
+    g (float[4] x) => (float[4] y) {
+      [tiny] a = Mul (x, w)
+      [safe] b = Add (a, epsilon)
+      [root] c = Sqrt (b)
+      [sum] y = Add (c, dead)
+    }"""
+    weights = {
+        "w": np.full(4, 1e-9, np.float32),
+        "epsilon": np.float32(1e-12),
+        "dead": np.array([1e-20, 1e-21, 1e-22, 0.5], np.float32),
+    }
+    _, result = narrow(graph(text, weights), {"x": np.zeros(4, np.float32)}, 5e-3)
+    assert set(result.kept) == {"tiny", "safe"}  # but no dead channels beside living ones
+    assert "4 of 4 values of 'w' become 0" in result.kept["tiny"]
+
+
+def test_a_huge_divisor_is_no_mask() -> None:
+    text = """
+    g (float[1] x) => (float[1] y) {
+      [div] a = Div (x, huge)
+      [up] b = Mul (a, huge)
+      y = Exp (b)
+    }"""
+    feed = {"x": np.ones(1, np.float32)}
+    _, result = narrow(graph(text, {"huge": np.float32(1e9)}), feed, 5e-3)
+    assert set(result.kept) == {"div", "up"}
+
+
+def test_a_weight_that_is_moved_first_is_judged_where_it_is_used() -> None:
+    text = """
+    g (float[2,2] x) => (float[2,2] y) {
+      [move] a = Transpose (w)
+      [copy] b = Identity (a)
+      [use] c = Mul (x, b)
+      [down] d = Mul (c, v)
+      y = Exp (d)
+    }"""
+    weights = {"w": np.array([[1, 2], [3, 1e5]], np.float32), "v": np.float32(1e-5)}
+    _, result = narrow(graph(text, weights), {"x": np.full((2, 2), 0.5, np.float32)}, 5e-3)
+    assert {"move", "copy", "use"} <= set(result.kept)
+
+
+def test_infinity_stays_infinity() -> None:
+    text = "g (float[3] x) => (float[3] y) { a = Max (x, low) y = Min (a, high) }"
+    weights = {"low": np.float32(-np.inf), "high": np.array([np.inf, 1, 2], np.float32)}
+    made, result = narrow(graph(text, weights), {"x": weight(3)}, 5e-3)
+    arrays = {t.name: numpy_helper.to_array(t) for t in made.graph.initializer}
+    assert arrays["low"] == -np.inf
+    assert arrays["high"][0] == np.inf
+    assert result.notes == ()
+
+
+def test_sizes_are_computed_exactly() -> None:
+    text = """
+    g (float[N] x) => (float[M] y, int64[1] m) {
+      [shape] s = Shape (x)
+      [float] f = Cast <to = 1> (s)
+      [half] h = Mul (f, half)
+      [floor] i = Floor (h)
+      [int] m = Cast <to = 7> (i)
+      zero = Constant <value_ints = [0]> ()
+      [part] p = Slice (x, zero, m)
+      [exp] y = Exp (p)
+    }"""
+    feed = {"x": weight(8198)}  # half of it, 4099, is no fp16 number
+    made, result = narrow(graph(text, {"half": np.float32(0.5)}), feed, 5e-3)
+    assert run(made, feed)[1] == [4099]
+    assert {"float", "half", "floor", "int"} <= set(result.kept)
+    assert "2,048" in result.kept["half"]
+    assert input_types(made, "exp") == [HALF]
+
+
+def test_angles_of_positions_are_computed_exactly() -> None:
+    text = """
+    g (float[P,4] x, int64[P,1] positions) => (float[P,4] y) {
+      [float] f = Cast <to = 1> (positions)
+      [angle] a = Mul (f, frequencies)
+      [cos] c = Cos (a)
+      [turn] y = Mul (x, c)
+    }"""
+    frequencies = np.array([1, 0.1, 0.01, 0.001], np.float32)
+    feed = {"x": weight(3, 4), "positions": np.array([[5], [4097], [30001]])}
+    made, result = narrow(graph(text, {"frequencies": frequencies}), feed, 5e-3)
+    assert set(result.kept) == {"float", "angle", "cos"}
+    assert input_types(made, "turn") == [HALF, HALF]
+
+
+def test_float64_parts_are_left_alone() -> None:
+    text = """
+    g (float[4] x, double[4] d) => (float[4] y, double[4] e) {
+      [a] a = Exp (x)
+      [wide] b = Cast <to = 11> (x)
+      [sum] e = Add (b, d)
+      [y] y = Sqrt (a)
+    }"""
+    feed = {"x": weight(4), "d": np.full(4, 1e-9)}
+    made, _ = narrow(graph(text), feed, 5e-3)
+    expected = feed["x"].astype(np.float64) + feed["d"]
+    np.testing.assert_array_equal(run(made, feed)[1], expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "g (int64[4] x) => (int64[4] y) { y = Add (x, x) }",
+        "g (float16[4] x) => (float16[4] y) { y = Exp (x) }",
+        "g (float[4] x) => (float[4] y) { [odd] y = acme.Strange (x) }",
+    ],
+)
+def test_a_graph_with_nothing_to_cast_says_so(text: str) -> None:
+    with pytest.raises(unirt.ModelError, match="nothing to cast to fp16") as raised:
+        cast(graph(text), "fp16")
+    assert ("odd" in str(raised.value)) == ("odd" in text)
+
+
+def test_trees_stay_in_float32() -> None:
+    text = """
+    g (float[4,2] x) => (float[4,2] y) {
+      [a] a = Exp (x)
+      [scale] y = ai.onnx.ml.Scaler <offset = [0.5, 0.5], scale = [2.0, 3.0]> (a)
+    }"""
+    model = graph(text)
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    _, result = narrow(model, {"x": weight(4, 2)}, 5e-3)
+    assert result.kept == {"scale": "Scaler is no operator of ONNX's opset 17"}
+
+
+def test_statistics_of_a_layer_norm_keep_the_type_that_it_computes_in() -> None:
+    text = """
+    g (float[2,8] x) => (float[2,8] y, float[2,1] m) {
+      [norm] y, m = LayerNormalization <axis = -1> (x, w)
+    }"""
+    for keep_io in (True, False):
+        made, _ = narrow(graph(text, {"w": weight(8)}), {"x": weight(2, 8)}, 1e-2, keep_io=keep_io)
+        assert (types(made)["m"] == FLOAT) == keep_io
+
+
+def test_an_output_follows_its_input_where_only_inference_tells() -> None:
+    text = """
+    g (float[4] x) => (float[4] y) {
+      [a] a = Exp (x)
+      [get] b = OptionalGetElement (a)
+      [y] y = Sqrt (b)
+    }"""
+    made, result = narrow(graph(text, opset=18), {"x": weight(4)}, 5e-3)
+    assert result.kept == {}
+    assert casts(made) == 2
+
+
+def test_what_follows_an_unknown_operator_stays_with_its_reason() -> None:
+    text = """
+    g (float[4] x) => (float[4] y, float[4] z) {
+      [odd] a = acme.Strange (x)
+      [after] y = Exp (a)
+      [beside] z = Exp (x)
+    }"""
+    result = cast(graph(text), "fp16")
+    assert set(result.kept) == {"odd", "after"}
+    assert "type of 'a' is unknown" in result.kept["after"]
+    assert list(node(proto(result), "beside").input) == ["x__fp16"]
+
+
+def test_sequences_stay_in_float32() -> None:
+    text = """
+    g (float[2] x) => (float[4] y) {
+      [a] a = Exp (x)
+      [pack] s = SequenceConstruct (a, a)
+      [join] j = ConcatFromSequence <axis = 0> (s)
+      [y] y = Sqrt (j)
+    }"""
+    _, result = narrow(graph(text), {"x": weight(2)}, 5e-3)
+    assert set(result.kept) == {"pack", "join"}
+
+
+def test_neighbours_in_float32_pass_their_values_without_a_round_trip() -> None:
+    text = """
+    g (float[4] x) => (float[4] y) {
+      a = Exp (x)
+      b = acme.First (a)
+      c = acme.Second (b)
+      y = acme.Third (c)
+    }"""
+    model = graph(text)
+    for name in ("b", "c"):
+        model.graph.value_info.append(helper.make_tensor_value_info(name, FLOAT, [4]))
+    made = proto(cast(model, "fp16"))
+    assert [n.op_type for n in made.graph.node].count("Cast") == 2
+    assert [n.op_type for n in made.graph.node][-3:] == ["First", "Second", "Third"]
+
+
+def test_nameless_nodes_get_names_that_nothing_else_has() -> None:
+    text = "g (float[2] x) => (float[2] y) { [Exp_1] a = Exp (x) b = Exp (a) [last] y = Exp (b) }"
+    first, second = (proto(cast(graph(text), "fp16")) for _ in range(2))
+    names = [n.name for n in first.graph.node]
+    assert all(count == 1 for count in Counter(names).values())
+    assert {"Exp_1", "Exp_1_2", "last"} < set(names)
+    assert first == second
+
+
+def test_new_tensor_names_avoid_those_that_are_there() -> None:
+    text = "g (float[2] x) => (float[2] y) { x__fp16 = Exp (x) y = Exp (x__fp16) }"
+    narrow(graph(text), {"x": weight(2)}, 5e-3)
+
+
+def test_an_output_that_others_read_too() -> None:
+    text = """
+    g (float[2] x) => (float[2] a, float[2] y, float[2] z) {
+      a = Exp (x)
+      y = Exp (a)
+      z = Identity (x)
+    }"""
+    for keep_io in (True, False):
+        narrow(graph(text), {"x": weight(2)}, 1e-2, keep_io=keep_io)
+
+
+def test_weights_listed_as_inputs_are_weights() -> None:
+    """As every file of IR version 3 has them."""
+    model = graph(CNN, CNN_WEIGHTS, opset=8, ir=3)
+    for name, array in CNN_WEIGHTS.items():
+        model.graph.input.append(helper.make_tensor_value_info(name, FLOAT, array.shape))
+    made, result = narrow(model, {"x": weight(2, 3, 8, 8)}, 5e-3)
+    assert [spec.name for spec in result.model.inputs] == ["x"]
+    assert casts(made) == 2
+
+
+@pytest.mark.parametrize("opset", range(7, 27))
+def test_casts_in_every_opset(opset: int) -> None:
+    model = graph(CNN, CNN_WEIGHTS, opset, ir=8 if opset < 20 else 10)
+    result = cast(model, "fp16")
+    onnx.checker.check_model(proto(result), full_check=True)
+    assert not result.kept
+    result = cast(model, "bf16")
+    onnx.checker.check_model(proto(result))
+    assert not result.kept
+    assert ("Conv" in "".join(result.notes)) == (opset < 22)
+
+
+def test_bf16_gives_its_answers() -> None:
+    model = graph(CNN, CNN_WEIGHTS, opset=22, ir=10)
+    result = cast(model, "bf16")
+    made = proto(result)
+    onnx.checker.check_model(made, full_check=True)
+    assert types(made)["c"] == BFLOAT16
+    feed = {"x": weight(2, 3, 8, 8)}
+    expected = ReferenceEvaluator(model).run(None, feed)[0]
+    got = ReferenceEvaluator(made).run(None, feed)[0]
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, atol=0.04 * np.abs(expected).max())
+    assert np.abs(got - expected).max() > 0
+
+
+def test_bf16_clamps_the_lowest_float32() -> None:
+    made = proto(cast(graph(TRANSFORMER, TRANSFORMER_WEIGHTS), "bf16"))
+    (lowest,) = (n for n in made.graph.node if "lowest" in n.output)
+    value = numpy_helper.to_array(lowest.attribute[0].t).astype(np.float32)
+    assert np.isfinite(value)
+    assert value < -3e38
+
+
+@pytest.mark.parametrize(
+    ("network", "precision"),
+    [("cnn", "bf16"), ("transformer", "fp16"), ("transformer", "bf16"), ("quantized", "fp16")],
+)
+def test_tensorrt_builds_it(network: str, precision: Any) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    if network == "cnn":
+        model = graph(CNN.replace("[N", "[2"), CNN_WEIGHTS)
+    elif network == "transformer":
+        text = TRANSFORMER.replace("[N", "[2").replace("T,", "6,").replace("T]", "6]")
+        model = graph(text, TRANSFORMER_WEIGHTS)
+    else:
+        text = """
+        g (float[8,16] x) => (float[8,16] y) {
+          xq = QuantizeLinear (x, s, z)
+          xd = DequantizeLinear (xq, s, z)
+          wd = DequantizeLinear <axis = 1> (wq, ws, wz)
+          m = MatMul (xd, wd)
+          y = Relu (m)
+        }"""
+        matrix = RANDOM.integers(-127, 128, (16, 16)).astype(np.int8)
+        channels = {"ws": np.full(16, 1e-2, np.float32), "wz": np.zeros(16, np.int8)}
+        model = graph(text, {"s": np.float32(0.05), "z": np.int8(0), "wq": matrix} | channels)
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(logger)
+    network_ = builder.create_network(0)
+    reader = trt.OnnxParser(network_, logger)
+    assert reader.parse(cast(model, precision).model.primary.read()), reader.get_error(0).desc()
+    assert builder.build_serialized_network(network_, builder.create_builder_config()) is not None
+
+
+def test_external_data_comes_along(tmp_path: Path) -> None:
+    model = graph(CNN, CNN_WEIGHTS)
+    feed = {"x": weight(2, 3, 8, 8)}
+    expected = run(model, feed)[0]
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    result = cast(path, "fp16")
+    assert result.model.path is None
+    np.testing.assert_allclose(
+        run(proto(result), feed)[0], expected, atol=5e-3 * np.abs(expected).max()
+    )
+
+
+def test_a_result_beyond_two_gigabytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["unirt.precision.cast"], "LIMIT", 300)
+    with pytest.raises(unirt.ModelError, match="too large after the cast"):
+        cast(graph(CNN, CNN_WEIGHTS), "fp16")
+
+
+def test_other_precisions_and_formats_are_refused() -> None:
+    wrong: Any = "fp8"
+    with pytest.raises(unirt.OptionError, match="fp16, bf16"):
+        cast(DIGITS, wrong)
+    tflite = DIGITS.with_suffix(".tflite")
+    with pytest.raises(unirt.ModelError, match="ONNX graphs, and it has tflite"):
+        cast(tflite, "fp16")
+
+
+def test_without_onnx_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(unirt.BackendUnavailable, match=r"pip install 'unirt\[precision\]'"):
+        cast(DIGITS, "fp16")
+
+
+def test_importing_it_loads_no_onnx() -> None:
+    code = "import unirt.precision, sys; assert 'onnx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

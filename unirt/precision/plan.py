@@ -1,0 +1,227 @@
+"""Which tensors of which nodes become narrow, decided before anything is rewritten.
+
+ONNX's own schemas say what an operator takes; above that stand the rules of this module: Q/DQ keep
+float32, so does what loses its meaning in a narrower float, and what lies between two such nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+from unirt.precision.graph import FLOAT, NOT_A_TENSOR, subgraphs
+from unirt.precision.lift import lift
+from unirt.precision.verdict import MOVING, OUTPUT_TYPE, Verdict
+from unirt.precision.weights import Fit, Low, constant_tensor
+
+if TYPE_CHECKING:
+    import onnx
+
+_STAYING: Final[Mapping[str, str]] = {
+    "QuantizeLinear": "quantization keeps its scales in float32",
+    "DequantizeLinear": "quantization keeps its scales in float32",
+    "BitCast": "it reads bits, not numbers",
+    "Range": "it counts",
+    "MeanVarianceNormalization": "ONNX defines it by float32 constants",
+}
+_STAYING_INPUTS: Final = frozenset({("Resize", 1)})  # the region of interest: coordinates
+
+
+@dataclass
+class Plan:
+    """A verdict for each node of the main graph, and what it rests on."""
+
+    types: Mapping[str, int]
+    weights: Mapping[str, onnx.TensorProto]
+    verdicts: list[Verdict]
+    notes: list[str]
+    border: set[str]
+    """Inputs and outputs that stay float32."""
+
+
+def make_plan(model: onnx.ModelProto, types: Mapping[str, int], low: Low, keep_io: bool) -> Plan:
+    graph = model.graph
+    weights = {t.name: t for t in graph.initializer if t.data_type == FLOAT}
+    for node in graph.node:
+        if node.op_type == "Constant" and (tensor := constant_tensor(node)) is not None:
+            weights[node.output[0]] = tensor
+    values = (*graph.input, *graph.output) if keep_io else ()
+    border = {value.name for value in values if types.get(value.name) == FLOAT}
+    planner = _Planner(model, types, weights, low)
+    verdicts = [planner.verdict(node) for node in graph.node]
+    lift(graph, types, set(weights), verdicts, border, low)
+    return Plan(types, weights, verdicts, planner.notes(verdicts), border)
+
+
+class _Planner:
+    """Judges one node after the other, in the order of the graph."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        types: Mapping[str, int],
+        weights: Mapping[str, onnx.TensorProto],
+        low: Low,
+    ) -> None:
+        self._types = types
+        self._low = low
+        self._nodes = model.graph.node
+        self._opsets = {entry.domain: entry.version for entry in model.opset_import}
+        self._opsets[""] = self._opsets.get("", self._opsets.get("ai.onnx", 1))
+        self._functions = {(function.domain, function.name) for function in model.functions}
+        self._weights = dict(weights)
+        self._origin = {name: name for name in weights}  # also through nodes that only move values
+        self._fits: dict[str, Fit] = {}
+        self._clamped: dict[str, Fit] = {}
+        self._ahead: set[str] = set()  # operators that take the type only in a later opset
+
+    def verdict(self, node: onnx.NodeProto) -> Verdict:
+        verdict = Verdict()
+        names = [name for name in (*node.input, *node.output) if name]
+        here = [self._types.get(name) for name in names]
+        if node.op_type == "Constant":
+            return verdict
+        if any(True for _ in subgraphs(node)):
+            verdict.reason = "it holds a subgraph, which stays in float32 with all that it reads"
+        elif (node.domain, node.op_type) in self._functions:
+            verdict.reason = "it calls a function of the model, which stays in float32"
+        elif FLOAT not in here and None not in here and NOT_A_TENSOR not in here:
+            return verdict
+        elif reason := _STAYING.get(node.op_type):
+            verdict.reason = reason
+        elif None in here:
+            verdict.reason = f"the type of {names[here.index(None)]!r} is unknown"
+        elif NOT_A_TENSOR in here:
+            verdict.reason = f"{names[here.index(NOT_A_TENSOR)]!r} is no tensor but holds tensors"
+        else:
+            self._by_schema(node, verdict)
+        return verdict
+
+    def _by_schema(self, node: onnx.NodeProto, verdict: Verdict) -> None:
+        opset = self._opsets[""]
+        schema = None if _foreign(node) else _schema(node.op_type, opset)
+        if schema is None:
+            verdict.reason = f"{node.op_type} is no operator of ONNX's opset {opset}"
+            return
+        tied = set()
+        for position, name in enumerate(node.input):
+            formal = _formal(schema.inputs, position)
+            wanted = (
+                self._types.get(name) == FLOAT and (node.op_type, position) not in _STAYING_INPUTS
+            )
+            if wanted and self._takes(node, "inputs", position, formal):
+                verdict.inputs.add(position)
+                tied.add(formal.type_str)
+        floats = {at for at, name in enumerate(node.output) if self._types.get(name) == FLOAT}
+        for position in floats:
+            formal = _formal(schema.outputs, position)
+            free = position == 0 and node.op_type in OUTPUT_TYPE
+            if (free or formal.type_str in tied) and self._takes(node, "outputs", position, formal):
+                verdict.outputs.add(position)
+        if verdict.inputs and node.op_type not in OUTPUT_TYPE and floats - verdict.outputs:
+            verdict.outputs |= floats & self._following(node, schema, verdict.inputs)
+        if not verdict.inputs and not verdict.outputs:
+            verdict.reason = f"{node.op_type} has no {self._low.name} form in opset {opset}"
+        elif loss := self._loss(node, verdict):
+            verdict.stay(loss)
+
+    def _following(self, node: onnx.NodeProto, schema: Any, narrow: set[int]) -> set[int]:
+        """The outputs that ONNX infers to be narrow, where no type variable says so."""
+        from onnx import checker, helper, shape_inference
+
+        # In the place of bfloat16, which older schemas lack, float16 tells the same.
+        types = {
+            name: helper.make_tensor_type_proto(10 if at in narrow else self._types[name], None)
+            for at, name in enumerate(node.input)
+            if name
+        }
+        opsets = [helper.make_opsetid(*entry) for entry in self._opsets.items()]
+        try:
+            made = shape_inference.infer_node_outputs(schema, node, types, opset_imports=opsets)
+        except (checker.ValidationError, shape_inference.InferenceError):
+            return set()
+        return {
+            at
+            for at, name in enumerate(node.output)
+            if name in made and made[name].tensor_type.elem_type == 10
+        }
+
+    def _takes(self, node: onnx.NodeProto, side: str, position: int, formal: Any) -> bool:
+        if self._low.type in formal.types:
+            return True
+        if self._low.name != "bf16":
+            return False
+        # Engines take bfloat16 in older opsets than ONNX, which added it bit by bit.
+        newest = _schema(node.op_type)
+        later = getattr(newest, side)
+        if not later or self._low.type not in _formal(later, position).types:
+            return False
+        self._ahead.add(node.op_type)
+        return True
+
+    def _loss(self, node: onnx.NodeProto, verdict: Verdict) -> str:
+        if node.op_type == "ConstantOfShape":
+            for attribute in node.attribute:
+                self._weights[node.output[0]] = attribute.t
+                return self._weight_loss(node.output[0], node.op_type)
+            return ""
+        for position in sorted(verdict.inputs):
+            origin = self._origin.get(node.input[position])
+            if origin is None:
+                continue
+            if node.op_type in MOVING and position == 0:
+                # Judged where it is used, so that it is known for what.
+                self._origin.update((name, origin) for name in node.output)
+            elif loss := self._weight_loss(origin, node.op_type):
+                return loss
+        return ""
+
+    def _weight_loss(self, name: str, op: str) -> str:
+        from onnx import numpy_helper
+
+        if name not in self._fits:
+            self._fits[name] = Fit.of(numpy_helper.to_array(self._weights[name]), self._low)
+        fit = self._fits[name]
+        loss = fit.loss(name, op)
+        if not loss and fit.clamped(op):
+            self._clamped[name] = fit
+        return loss
+
+    def notes(self, verdicts: list[Verdict]) -> list[str]:
+        limit = f"±{self._low.limit:.6g}"
+        notes = [
+            f"{name!r} goes to {fit.largest:.6g} and was clamped to {limit}, the end of "
+            f"{self._low.name}"
+            for name, fit in self._clamped.items()
+        ]
+        used = {
+            n.op_type for n, v in zip(self._nodes, verdicts, strict=True) if v.inputs | v.outputs
+        }
+        if ahead := sorted(self._ahead & used):
+            notes.append(
+                f"opset {self._opsets['']} has no bfloat16 yet for {', '.join(ahead)}: TensorRT "
+                "takes it, other engines may want a newer opset"
+            )
+        return notes
+
+
+def _foreign(node: onnx.NodeProto) -> bool:
+    """Of another domain, ai.onnx.ml among them: its trees hold float32 in attributes."""
+    return node.domain not in ("", "ai.onnx")
+
+
+@cache
+def _schema(op: str, opset: int | None = None) -> Any:
+    """An operator as of an opset, or as of the newest; None if it is not there."""
+    from onnx import defs
+
+    try:
+        return defs.get_schema(op) if opset is None else defs.get_schema(op, opset)
+    except defs.SchemaError:
+        return None
+
+
+def _formal(formals: Any, position: int) -> Any:
+    return formals[min(position, len(formals) - 1)]
