@@ -139,6 +139,8 @@ class RawLoop:
     def captured(self) -> Step:
         """The same, from a CUDA graph captured by hand. For contexts without their own graphs."""
         cudart = self.cudart
+        self.enqueue()
+        self.synchronize()
         capturable = getattr(self.context, "is_stream_capturable", None)
         if capturable is not None and not capturable(self.handle):
             raise RuntimeError("TensorRT says that this stream cannot be captured")

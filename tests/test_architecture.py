@@ -111,7 +111,7 @@ def test_opening_a_model_and_naming_backends_loads_no_engine() -> None:
     assert set(bare(code)) - set(bare("")) == {"numpy", "pluggy", "unirt"}
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tflite", "reference"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tflite", "reference", "tensorrt"])
 def test_a_plugin_loads_its_vendor_library_only_when_used(name: str) -> None:
     loaded = set(bare(f"import unirt.plugins; assert unirt.plugins.plugin({name!r}).backend"))
     assert loaded - set(bare("")) == {"numpy", "pluggy", "unirt", f"unirt_{name}"}

@@ -18,12 +18,17 @@ from typer.testing import CliRunner
 
 from unirt import cli
 from unirt.cli import terminal
+from unirt.cli.layers import document as layers_document
+from unirt.cli.layers import show_report
 from unirt.testing import NETWORKS
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
 MODEL, TEST = str(DIGITS / "digits.onnx"), str(DIGITS / "test.npz")
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell or C library")
 ENGINES = {"onnxruntime", "openvino", "tflite", "reference"}
+"""Those that every machine of ours runs; TensorRT needs a GPU."""
+LAYERS = DIGITS.parent.parent / "tests" / "data" / "layers" / "cnn.rtx-1.6.1.txt"
+PROFILE = "image=1x1x8x8:8x1x8x8:64x1x8x8"
 
 # An engine that writes to stdout by every way there is, the last one when the process ends.
 CHATTY = """
@@ -85,7 +90,7 @@ def install(site: Path, name: str, code: str) -> str:
 def test_help_and_version() -> None:
     runner = CliRunner()
     assert "unirt 0." in runner.invoke(cli.app, ["--version"]).output
-    for command in ([], ["doctor"], ["inspect"], ["select"], ["run"], ["compare"]):
+    for command in ([], ["doctor"], ["inspect"], ["select"], ["build"], ["run"], ["compare"]):
         shown = runner.invoke(cli.app, [*command, "--help"])
         assert shown.exit_code == 0
         assert "Exit codes: 0 done" in shown.output
@@ -148,6 +153,30 @@ def test_a_shell_completes_candidates_and_options(words: str, expected: list[str
         (["run", MODEL, "--inputs", "nosuch.npz"], 3, "DataError"),
         (["run", MODEL, "--out", "outputs.txt"], 2, "OptionError"),
         (["run", MODEL, "--out", "/no/such/folder/outputs.npz"], 3, "DataError"),
+        (["build", MODEL, "-c", "nosuch"], 1, "BackendUnavailable"),
+        (["build", MODEL, "-c", "onnxruntime:int8"], 1, "BackendUnavailable"),
+        (["build", MODEL, "-c", "onnxruntime", "--out", "digits.bin"], 1, "BackendUnavailable"),
+        (["build", MODEL, "-c", "onnxruntime", "--out", "."], 2, "OptionError"),
+        (["build", MODEL, "-c", "onnxruntime", "--out", MODEL], 2, "OptionError"),
+        (["build", MODEL, "-c", "tensorrt@aot", "--out", "new.onnx"], 2, "OptionError"),
+        (["build", "nosuch.onnx", "-c", "onnxruntime"], 3, "ModelNotFound"),
+        (["build", MODEL, "-c", "onnxruntime", "--profile", "image"], 2, "OptionError"),
+        (["build", MODEL, "-c", "onnxruntime", "--profile", "image=1x1:2x1"], 2, "OptionError"),
+        (["build", MODEL, "-c", "onnxruntime", "--profile", "x=2:1:3"], 2, "OptionError"),
+        (["build", MODEL, "-c", "onnxruntime", "--profile", "x=2;x=3"], 2, "OptionError"),
+        (["build", MODEL, "-c", "onnxruntime", "--profile", ";"], 2, "OptionError"),
+        (["build", MODEL, "-c", "onnxruntime", "--profile", "img=1x1x8x8"], 2, "ProfileError"),
+        (["build", MODEL, "-c", "onnxruntime", "--profile", "image=1x8x8"], 2, "ProfileError"),
+        (["build", MODEL, "-c", "onnxruntime", "--hot", PROFILE], 2, "OptionError"),
+        (["build", MODEL, "-c", "onnxruntime", "--hot", "img=1"], 2, "ProfileError"),
+        (["inspect", MODEL, "--times"], 2, "OptionError"),
+        (["inspect", MODEL, "--profile", PROFILE], 2, "OptionError"),
+        (["inspect", MODEL, "-c", "onnxruntime"], 1, "BackendUnavailable"),
+        (["inspect", MODEL, "-c", "onnxruntime", "--times"], 1, "BackendUnavailable"),
+        (["inspect", MODEL, "-c", "onnxruntime", "-o", "openvino.threads=1"], 2, "OptionError"),
+        (["inspect", "nosuch.plan"], 3, "ModelNotFound"),
+        (["inspect", "any.plan", "--times"], 2, "OptionError"),
+        (["inspect", "any.plan", "-c", "tensorrt"], 2, "OptionError"),
         (["compare", MODEL, "--data", "nosuch.npz"], 3, "DataError"),
         (["compare", MODEL, "tflite", "--reference", "openvino@npu"], 1, "BackendUnavailable"),
     ],
@@ -271,7 +300,7 @@ def test_doctor_shows_machine_and_engines() -> None:
     told = document("doctor", "--options")
     assert told["ok"]
     assert told["devices"][0]["device"] == "cpu"
-    assert {plugin["name"] for plugin in told["plugins"] if plugin["available"]} == ENGINES
+    assert {plugin["name"] for plugin in told["plugins"] if plugin["available"]} >= ENGINES
     (options,) = (plugin["options"] for plugin in told["plugins"] if plugin["name"] == "tflite")
     assert all(option["help"] and option["type"] for option in options)
 
@@ -282,7 +311,7 @@ def test_doctor_gives_every_bad_plugin_its_line(tmp_path: Path) -> None:
     install(tmp_path, "tflite", CHATTY)
     environment = {"PYTHONPATH": site, "UNIRT_PLUGIN_TIMEOUT": "1", "COLUMNS": "200"}
     told = document("doctor", **environment)
-    assert {plugin["name"] for plugin in told["plugins"] if plugin["available"]} == ENGINES
+    assert {plugin["name"] for plugin in told["plugins"] if plugin["available"]} >= ENGINES
     reasons = {plugin["name"]: plugin["reason"] for plugin in told["plugins"] if plugin["reason"]}
     assert "half installed" in reasons["broken"]
     assert "longer than 1 s" in reasons["hanging"]
@@ -296,7 +325,10 @@ def test_doctor_exits_with_1_where_nothing_works(tmp_path: Path) -> None:
     # What a machine without any vendor library is to the plugins.
     blocked = "".join(
         f"import sys; sys.modules[{name!r}] = None\n"
-        for name in ("onnxruntime", "openvino", "ai_edge_litert", "tflite_runtime", "onnx")
+        for name in (
+            *("onnxruntime", "openvino", "ai_edge_litert", "tflite_runtime", "onnx"),
+            *("tensorrt", "tensorrt_rtx"),
+        )
     )
     (tmp_path / "sitecustomize.py").write_text(blocked)
     told = document("doctor", code=1, PYTHONPATH=str(tmp_path))
@@ -306,7 +338,7 @@ def test_doctor_exits_with_1_where_nothing_works(tmp_path: Path) -> None:
     assert "No engine of this machine can run this model." in text
     error = document("run", MODEL, code=1, PYTHONPATH=str(tmp_path))["error"]
     assert error["type"] == "NoBackend"
-    assert set(error["facts"]["reasons"]) == ENGINES
+    assert set(error["facts"]["reasons"]) == {*ENGINES, "tensorrt"}
 
 
 # --- inspect and select --------------------------------------------------------------------------
@@ -329,9 +361,11 @@ def test_inspect_describes_every_format() -> None:
 def test_select_ranks_and_gives_reasons() -> None:
     told = document("select", MODEL)
     assert told["best"] == told["candidates"][0]["candidate"]
-    assert "the model is there as onnx only" in told["candidates"][-1]["excluded"]
-    assert all(row["usable"] for row in document("select", MODEL, "--beside")["candidates"])
-    assert "add --beside, since digits.tflite is there" in told["candidates"][-1]["hint"]
+    rows = {row["candidate"]: row for row in told["candidates"]}
+    assert "the model is there as onnx only" in rows["tflite@cpu"]["excluded"]
+    assert "add --beside, since digits.tflite is there" in rows["tflite@cpu"]["hint"]
+    beside = {row["candidate"]: row for row in document("select", MODEL, "--beside")["candidates"]}
+    assert all(beside[f"{name}@cpu"]["usable"] for name in ENGINES)
     assert (
         "add --beside" in document("run", MODEL, "-c", "tflite", code=4)["error"]["remedy"].lower()
     )
@@ -340,6 +374,162 @@ def test_select_ranks_and_gives_reasons() -> None:
     assert "openvino@npu" in text
     assert "onnxruntime@cpu" not in text
     assert document("select", MODEL, "-c", "nosuch", code=1)["best"] is None
+
+
+# --- build, and inspect with layers --------------------------------------------------------------
+
+
+def needs_tensorrt() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx, which builds plans, is missing")
+
+
+def test_build_says_what_came_of_it() -> None:
+    told = document("build", MODEL, "-c", "onnxruntime:fp16", "-o", "threads=1")
+    assert told["candidate"] == "onnxruntime@cpu:fp16"
+    assert told["model"] == "digits"
+    assert told["build_seconds"] > 0
+    assert told["facts"]["provider"] == "CPUExecutionProvider"
+    assert told["saved"] is None
+    text = unirt("build", MODEL, "-c", "onnxruntime", "--profile", "image=1x1x8x8")
+    assert text.startswith("onnxruntime@cpu, built in ")
+    assert "CPUExecutionProvider" in text
+
+
+def test_build_saves_what_inspect_shows(tmp_path: Path) -> None:
+    needs_tensorrt()
+    plan = tmp_path / "digits.plan"
+    built = ["build", MODEL, "-c", "tensorrt@aot:fp16", "--profile", PROFILE]
+    text = unirt(*built, "--hot", "image=1x1x8x8", "--out", str(plan), COLUMNS="200")
+    assert "image [1, 1, 8, 8] to [64, 1, 8, 8], most often [8, 1, 8, 8]" in text
+    assert f"Saved: {plan}" in text
+    assert plan.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    told = document("inspect", str(plan))
+    assert told["engine"] == str(plan)
+    layers = told["layers"]
+    assert layers["precisions"]["float16"] > 1
+    assert layers["fused"]
+    assert {layer["profile"] for layer in layers["layers"]} == {0, 1}
+    text = unirt("inspect", str(plan), COLUMNS="140")
+    for word in (
+        "profile 1",
+        "/features/features.0/Conv",
+        "float16 NHWC",
+        "Conv + Relu",
+        "summary",
+    ):
+        assert word in text
+    assert document(*built)["saved"] is None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_inspect_shows_the_layers_that_an_engine_makes(columns: int) -> None:
+    needs_tensorrt()
+    text = unirt("inspect", MODEL, "-c", "tensorrt@aot", COLUMNS=str(columns))
+    assert max(len(line) for line in text.splitlines() if "onnx, " not in line) <= columns
+    for word in ("[batch, 1, 8, 8]", "tensorrt@aot, built in ", "layer  ", "ONNX nodes", "summary"):
+        assert word in text
+    told = document("inspect", MODEL, "-c", "tensorrt@aot", "--shape", "batch=4")
+    assert told["formats"]["onnx"]["operators"]["Conv"] == 5
+    assert told["engine"]["facts"]["profiles"] == ["image [4, 1, 8, 8]"]
+    assert told["layers"]["source"] == "builder log"
+    named = document("inspect", MODEL, "-c", "tensorrt@aot", "-o", "verbosity=names")["layers"]
+    assert "verbosity=detailed" in named["notes"][0]
+
+
+def test_what_is_built_ahead_of_time_does_not_run() -> None:
+    needs_tensorrt()
+    for arguments in (["run", MODEL], ["inspect", MODEL, "--times"]):
+        error = document(*arguments, "-c", "tensorrt@aot", code=1)["error"]
+        assert error["type"] == "BackendUnavailable"
+        assert "ahead of time" in error["what"]
+    told = document("select", MODEL, "-c", "tensorrt@aot", "-c", "onnxruntime")
+    assert told["best"] == "onnxruntime"
+    assert "run elsewhere" in told["candidates"][-1]["excluded"]
+    (row,) = (one for one in document("doctor")["plugins"] if one["name"] == "tensorrt")
+    assert row["targets"] == ["aot"]
+
+
+def test_a_damaged_engine_file_is_an_error_of_the_file(tmp_path: Path) -> None:
+    needs_tensorrt()
+    good = tmp_path / "good.plan"
+    unirt("build", MODEL, "-c", "tensorrt@aot", "--out", str(good))
+    plan, about = good.read_bytes(), (tmp_path / "good.plan.json").read_text()
+    for number, (content, description) in enumerate(
+        [
+            (plan[:-1], about),
+            (b"", about),
+            (plan, about[:100]),
+            (plan, "[]"),
+            (plan, about.replace('"layers"', '"lairs"')),
+        ]
+    ):
+        bad = tmp_path / f"{number}.plan"
+        bad.write_bytes(content)
+        bad.with_name(f"{bad.name}.json").write_text(description)
+        error = document("inspect", str(bad), code=3)["error"]
+        assert error["type"] == "ModelError"
+        assert bad.name in error["what"]
+    if document("doctor")["devices"][-1]["device"].startswith("cuda"):
+        pytest.skip("there is a GPU here, which reads plans without their description")
+    alone = tmp_path / "alone.plan"
+    alone.write_bytes(plan)
+    error = document("inspect", str(alone), code=1)["error"]
+    assert "alone.plan.json" in error["remedy"]
+
+
+def test_layers_that_were_timed_show_their_share() -> None:
+    unirt_tensorrt = pytest.importorskip("unirt_tensorrt._layers")
+    report = unirt_tensorrt.from_builder_log([LAYERS.read_text()], {})
+    timed = report.with_times((layer.name, 1e-6 * k) for k, layer in enumerate(report.layers))
+    for width in (60, 80, 160):
+        out = io.StringIO()
+        show_report(terminal.SafeConsole(file=out, width=width), timed)
+        assert "time" in out.getvalue()
+        assert "share" in out.getvalue()
+        assert "15.0 µs in all layers" in out.getvalue()
+        assert max(map(len, out.getvalue().splitlines())) <= width
+    told = layers_document(timed)
+    assert told["seconds"] == pytest.approx(15e-6)
+    assert json.loads(json.dumps(told))["format"] == 1
+
+
+def test_a_bar_shows_how_far_a_build_is_and_is_gone_afterwards() -> None:
+    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+    code = (
+        "import time\n"
+        "from unirt.backend import BuildStep\n"
+        "from unirt.cli import terminal\n"
+        "terminal.PATIENCE_SECONDS = 0.05\n"
+        "with terminal.building('digits', False) as tell:\n"
+        "    for step in range(5):\n"
+        "        time.sleep(0.1)\n"
+        "        tell(BuildStep('all', '', step, 4))\n"
+        "        tell(BuildStep('folding', 'all', step, 4))\n"
+        "print('done')\n"
+    )
+    main, tty = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=tty, env=environment
+    ) as started:
+        os.close(tty)
+        shown = b""
+        try:
+            while part := os.read(main, 4096):
+                shown += part
+        except OSError:  # Linux says so that the other end of the terminal is gone
+            pass
+        out = started.communicate()[0]
+    os.close(main)
+    assert b"building digits: folding" in shown
+    assert shown.rstrip().endswith(b"\x1b[2K")
+    assert out == b"done\n"
 
 
 # --- run -----------------------------------------------------------------------------------------
@@ -425,8 +615,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_compare_runs_the_readme_command() -> None:
     compared = document("compare", MODEL, "--data", TEST, "--seconds", "0.2")
     rows = {row["candidate"]: row for row in compared["candidates"]}
-    assert set(rows) == {f"{name}@cpu" for name in ENGINES}
-    for row in rows.values():
+    for row in (rows[f"{name}@cpu"] for name in sorted(ENGINES)):
         assert row["eligible"]
         assert row["task_accuracy"] >= 0.97
         assert row["latency"]["median_seconds"] > 0

@@ -169,12 +169,13 @@ def test_what_is_no_list_of_candidates_is_refused(wrong: Any) -> None:
 def test_a_precision_the_graph_does_not_have_is_refused_with_the_reason() -> None:
     with unirt.load(EXAMPLE / "digits.onnx", "onnxruntime:fp32") as session:
         assert accuracy(session) >= 0.97
-    with pytest.raises(unirt.BackendUnavailable, match="float32, not fp16"):
-        unirt.load(EXAMPLE / "digits.onnx", "onnxruntime:fp16")
-    assert (
-        "fp16"
-        in unirt.select(EXAMPLE / "digits.onnx", "onnxruntime:fp16").excluded["onnxruntime:fp16"]
-    )
+    with pytest.raises(unirt.BackendUnavailable, match=r"in float32.* to int8"):
+        unirt.load(EXAMPLE / "digits.onnx", "onnxruntime:int8")
+    wanted = ["onnxruntime:fp16", "onnxruntime:int8", "onnxruntime:fp7"]
+    selection = unirt.select(EXAMPLE / "digits.onnx", wanted)
+    assert list(map(str, selection.candidates)) == ["onnxruntime:fp16"]
+    assert "to int8" in selection.excluded["onnxruntime:int8"]
+    assert "'fp7' is no precision" in selection.excluded["onnxruntime:fp7"]
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:

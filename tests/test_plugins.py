@@ -60,7 +60,7 @@ def listed(site: Path) -> dict[str, list[tuple[bool, str]]]:
     return rows
 
 
-BUILTIN = {"onnxruntime", "openvino", "tflite", "reference"}
+BUILTIN = {"onnxruntime", "openvino", "tflite", "reference", "tensorrt"}
 
 
 def test_a_strangers_plugin_stands_beside_the_built_in_ones(tmp_path: Path) -> None:

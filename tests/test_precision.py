@@ -310,8 +310,10 @@ QDQ_WEIGHTS = {
 }
 
 
-def test_quantization_keeps_float32_scales_and_what_stands_between_keeps_its_neighbours() -> None:
-    made, result = narrow(graph(QDQ, QDQ_WEIGHTS), {"x": weight(1, 4, 8, 8)}, 0.03)
+@pytest.mark.parametrize("opset", [13, 17, 21, 23])  # from 19 on, scales might be fp16
+def test_quantization_and_what_stands_between_stay_in_float32(opset: int) -> None:
+    ir = 8 if opset < 19 else 10
+    made, result = narrow(graph(QDQ, QDQ_WEIGHTS, opset, ir), {"x": weight(1, 4, 8, 8)}, 0.03)
     known = types(made)
     assert [known["s"], known["ws"]] == [FLOAT, FLOAT]
     assert input_types(made, "conv") == [HALF, HALF, HALF]
@@ -434,6 +436,28 @@ def test_a_weight_that_is_moved_first_is_judged_where_it_is_used() -> None:
     weights = {"w": np.array([[1, 2], [3, 1e5]], np.float32), "v": np.float32(1e-5)}
     _, result = narrow(graph(text, weights), {"x": np.full((2, 2), 0.5, np.float32)}, 5e-3)
     assert {"move", "copy", "use"} <= set(result.kept)
+
+
+def test_a_moved_weight_that_is_wanted_in_both_widths_is_whole_in_float32() -> None:
+    text = """
+    g (float[2] x) => (float[2] y, float[2] z) {
+      [move] a = Identity (w)
+      [div] b = Div (a, huge)
+      [mask] y = Min (x, a)
+      z = Exp (b)
+    }"""
+    weights = {"w": np.array([0, 1e9], np.float32), "huge": np.float32(1e9)}
+    made = proto(cast(graph(text, weights), "fp16"))
+    y, z = run(made, {"x": np.ones(2, np.float32)})
+    np.testing.assert_allclose(y, [0, 1])
+    np.testing.assert_allclose(z, np.exp([0, 1]), rtol=2e-3)
+
+
+def test_types_written_down_in_the_file_follow() -> None:
+    model = onnx.shape_inference.infer_shapes(graph(CNN, CNN_WEIGHTS))
+    made, _ = narrow(model, {"x": weight(2, 3, 8, 8)}, 5e-3)
+    written = {value.name: value.type.tensor_type.elem_type for value in made.graph.value_info}
+    assert written == dict.fromkeys(("c", "n", "r", "p", "f"), HALF)
 
 
 def test_infinity_stays_infinity() -> None:
@@ -617,6 +641,9 @@ def test_weights_listed_as_inputs_are_weights() -> None:
     made, result = narrow(model, {"x": weight(2, 3, 8, 8)}, 5e-3)
     assert [spec.name for spec in result.model.inputs] == ["x"]
     assert casts(made) == 2
+    # From version 4 on it would mean that callers may replace them.
+    assert made.ir_version >= 4
+    assert [value.name for value in made.graph.input] == ["x"]
 
 
 @pytest.mark.parametrize("opset", range(7, 27))

@@ -19,6 +19,17 @@ def test_one_shape_is_min_opt_and_max() -> None:
     assert profile == ShapeProfile({"x": [(1, 3), [1, 3], np.array([1, 3]).tolist()]})
 
 
+def test_the_usual_shapes_are_those_of_one_sample() -> None:
+    # Most often x has one row, and y two: together they would be no input of the model.
+    shapes = [((1, 3), (1, 5)), ((1, 3), (1, 6)), ((2, 4), (2, 7)), ((2, 9), (2, 7))]
+    specs = [TensorSpec(name, "float32", ("n", None)) for name in "xy"]
+    samples = [{"x": np.zeros(x), "y": np.zeros(y)} for x, y in shapes]
+    profile = ShapeProfile.from_samples([*samples, samples[2]])
+    profile.check(specs)
+    assert (profile.shapes["x"][1], profile.shapes["y"][1]) == ((2, 4), (2, 7))
+    ShapeProfile.from_samples(samples).check(specs)
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

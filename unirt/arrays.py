@@ -176,6 +176,9 @@ def to_array(value: Any, spec: TensorSpec, device: str) -> Any:
             name=spec.name,
         )
     try:
+        borrowed = dlpack.borrow(value) if device == "cuda" else None
+        if borrowed is not None:
+            return _on_device(borrowed, spec)
         kind, index = value.__dlpack_device__()
         if kind in dlpack.HOST_KINDS:
             return _from_host(value, spec)
@@ -188,7 +191,7 @@ def to_array(value: Any, spec: TensorSpec, device: str) -> Any:
                 name=spec.name,
             )
         # Stream 1 is CUDA's legacy default stream: the producer orders its work before it.
-        tensor = dlpack.read(value.__dlpack__(stream=1))
+        return _on_device(dlpack.read(value.__dlpack__(stream=1)), spec)
     except InputError:
         raise
     except Exception as error:
@@ -198,6 +201,9 @@ def to_array(value: Any, spec: TensorSpec, device: str) -> Any:
             f"Detach it, make it dense, or convert it to a NumPy array of {spec.dtype}.",
             name=spec.name,
         ) from error
+
+
+def _on_device(tensor: dlpack.Imported, spec: TensorSpec) -> DeviceArray:
     if not tensor.contiguous:
         raise InputError(
             f"Input {spec.name!r} is a strided device array.",

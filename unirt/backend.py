@@ -37,7 +37,7 @@ from unirt.inspection import EngineReport
 from unirt.model import Model, ModelFile, ModelSource
 from unirt.options import Options
 from unirt.session import ClosesOnExit, Session, close_once, closed_error, failed_error
-from unirt.shapes import ShapeProfile
+from unirt.shapes import ShapeProfile, checked
 from unirt.types import Availability, Candidate, Device, TensorSpec
 
 PROBE_SECONDS = 30.0
@@ -69,6 +69,21 @@ class BuildRequest:
 
     profiles: tuple[ShapeProfile, ...] = ()
     progress: Progress | None = None
+
+
+class _Teller:
+    """A caller's progress function, and what it raised: that is no failure of the engine."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.error: BaseException | None = None
+
+    def __call__(self, step: BuildStep) -> object:
+        try:
+            return self._progress(step)
+        except BaseException as error:
+            self.error = error
+            raise
 
 
 class Backend(abc.ABC):
@@ -126,7 +141,8 @@ class Backend(abc.ABC):
         """The model compiled for `device`, or for this backend's default one.
 
         Engines that take any shape have no use for `profiles`; they are checked all the same.
-        `progress` hears of the steps where the engine tells them, and cancels by returning False.
+        `progress` hears of the steps where the engine tells them, and cancels by returning False;
+        what it raises comes out of here.
 
         Raises BackendUnavailable, OptionError, ProfileError, ModelError, BuildCancelled, or
         BuildError with the vendor's own exception as its cause. The engine belongs to the caller.
@@ -145,9 +161,9 @@ class Backend(abc.ABC):
                 backend=self.name,
                 formats=tuple(model.formats),
             )
-        for profile in profiles:
-            profile.check(model.inputs)
-        request = BuildRequest(_renamed(profiles, model.input_names(file)), progress)
+        wanted = checked(profiles, model.inputs)
+        tell = _Teller(progress) if progress is not None else None
+        request = BuildRequest(_renamed(wanted, model.input_names(file)), tell)
         started = time.perf_counter()
         try:
             if isinstance(self, SupportsBuildRequest):
@@ -159,6 +175,8 @@ class Backend(abc.ABC):
         except UnirtError:
             raise
         except (Exception, SystemExit) as error:
+            if tell is not None and tell.error is error:
+                raise
             raise BuildError(
                 f"{self.name} could not compile {model.name!r} for {target}.",
                 f"{type(error).__name__}: {error}",
@@ -248,7 +266,7 @@ class Engine(ClosesOnExit):
     options: Options
     build_seconds: float
     precision: str | None = None
-    """What the graph was cast to for this engine; None where it runs as it is."""
+    """The candidate's: the graph has it, or was cast to it. None: as the graph says."""
     notes: tuple[str, ...] = ()
     """What the cast changed beyond types, and which nodes it left as they are."""
 
@@ -339,6 +357,14 @@ class Engine(ClosesOnExit):
                 self._save(path)
             except UnirtError:
                 raise
+            except OSError as error:
+                raise BackendError(
+                    f"The engine of {self.model.name!r} cannot be saved to {path}.",
+                    sentence(str(error)),
+                    "Choose a file in a folder that can be written to.",
+                    backend=self.backend.name,
+                    path=path,
+                ) from error
             except Exception as error:
                 raise failed_error("save the engine of", self, error) from error
         return path

@@ -15,9 +15,11 @@ from unirt.devices import host_devices
 from unirt.errors import (
     BackendError,
     BackendUnavailable,
+    BuildCancelled,
     CandidateError,
     NoBackend,
     OptionError,
+    ProfileError,
     UnirtError,
     sentence,
 )
@@ -26,7 +28,7 @@ from unirt.options import Options
 from unirt.plugins import Plugin
 from unirt.selector import Facts, Selection, rank
 from unirt.session import Session
-from unirt.shapes import ShapeProfile
+from unirt.shapes import ShapeProfile, checked
 from unirt.types import Candidate, Device
 
 OptionValues = Mapping[str, object] | Options
@@ -42,9 +44,19 @@ PRECISIONS = {
     "int8": "int8",
     "fp8": "float8_e4m3fn",
     "int4": "int4",
-    "fp4": "float4_e2m1",
+    "fp4": "float4_e2m1fn",
 }
 CASTS = ("fp16", "bf16")
+QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear"})
+# What a graph with such nodes computes in, by the dtypes of its weights and zero points.
+QUANTIZED = {
+    "int8": "int8",
+    "uint8": "int8",
+    "float8_e4m3fn": "fp8",
+    "int4": "int4",
+    "uint4": "int4",
+    "float4_e2m1fn": "fp4",
+}
 
 
 def backends() -> tuple[Plugin, ...]:
@@ -117,8 +129,8 @@ def build(
             backend=candidate.backend,
             precision=candidate.precision,
         )
-    wanted = tuple(profiles) or _from_samples(model, samples)
-    wanted += tuple(ShapeProfile({n: tuple(s) for n, s in one.items()}) for one in hot_shapes)
+    wanted = checked(profiles, model.inputs) or _from_samples(model, samples)
+    wanted += tuple(map(_hot, hot_shapes))
     notes: list[str] = []
     if file is not None and _casts(candidate, file):
         model = _cast(model, file, candidate.precision, notes)
@@ -146,6 +158,17 @@ def _cast(model: Model, file: ModelFile, precision: str | None, notes: list[str]
         return done.model.primary.read()
 
     return Model.derived(file, make, f"cast to {precision}", model.name)
+
+
+def _hot(shapes: Mapping[str, Sequence[int]]) -> ShapeProfile:
+    profile = ShapeProfile(shapes)
+    if profile.spread != 1:
+        raise ProfileError(
+            f"A hot shape is {profile}.",
+            "It is a range, and a hot shape is one shape for each input.",
+            "Give ranges as profiles=[ShapeProfile(...)].",
+        )
+    return profile
 
 
 def _from_samples(model: Model, samples: Iterable[Any]) -> tuple[ShapeProfile, ...]:
@@ -231,6 +254,8 @@ def load(
         try:
             own = options if nested is None else nested.get(one.backend)
             session = _open(model, one, own, how_built)
+        except BuildCancelled:
+            raise
         except (BackendError, BackendUnavailable) as error:
             if firm:
                 raise
@@ -357,9 +382,12 @@ def _facts(model: Model, candidate: Candidate) -> Facts:
         reason = plugin.failure if plugin else "no plugin of that name is installed"
         return Facts(candidate, excluded=reason, hint=plugin.hint if plugin else "unirt doctor")
     availability = plugin.availability
+    device = availability.target(candidate.device)
+    if device in availability.targets:
+        reason = f"engines are built for {device} here, and run elsewhere"
+        return Facts(candidate, availability.version, excluded=reason, hint="unirt build saves one")
     if not availability.available:
         return Facts(candidate, excluded=availability.reason, hint=availability.hint)
-    device = availability.find(candidate.device)
     if device is None:
         kind = str(candidate.device).partition(":")[0]
         reason = availability.missing.get(kind, f"{candidate.backend} reports no such device here")
@@ -385,16 +413,29 @@ def _facts(model: Model, candidate: Candidate) -> Facts:
     )
 
 
-def _weights(file: ModelFile) -> str:
-    """The dtype that most of the weights have."""
-    return max(file.weight_dtypes, key=lambda name: file.weight_dtypes[name], default="no weights")
+def _dtype(file: ModelFile) -> str:
+    """The dtype that most of the weights have; without weights, that of the first input."""
+    counts = file.weight_dtypes or {spec.dtype: 1 for spec in (*file.inputs, *file.outputs)}
+    return max(counts, key=lambda name: counts[name], default="undefined")
+
+
+def _is_in(file: ModelFile, precision: str) -> bool:
+    """Whether a graph is typed so: by its Q/DQ nodes, before which weights may be stored as floats,
+    or by most of its weights.
+    """
+    if not QUANTIZING.isdisjoint(file.op_counts):
+        # Zero points written into nodes are not told, and most often int8.
+        told = {QUANTIZED[name] for name in file.weight_dtypes if name in QUANTIZED}
+        if precision in (told or {"int8"}):
+            return True
+    return PRECISIONS[precision] == _dtype(file)
 
 
 def _casts(candidate: Candidate, file: ModelFile) -> bool:
     """Whether this candidate's precision is a cast of the graph, which UniRT makes itself."""
     if file.format != "onnx" or candidate.precision not in CASTS:
         return False
-    if PRECISIONS[candidate.precision] == _weights(file):
+    if _is_in(file, candidate.precision):
         return False
     floats = [spec.dtype for spec in (*file.inputs, *file.outputs)]
     return "float32" in (*file.weight_dtypes, *floats)
@@ -402,17 +443,16 @@ def _casts(candidate: Candidate, file: ModelFile) -> bool:
 
 def _precision_problem(candidate: Candidate, file: ModelFile) -> str:
     """Precision lives in the graph: it has a candidate's already, or is cast to it."""
-    has = _weights(file)
-    if candidate.precision is None or PRECISIONS.get(candidate.precision) == has:
+    if candidate.precision is None:
         return ""
     if candidate.precision not in PRECISIONS:
-        return f"{candidate.precision} is no precision; they are {', '.join(PRECISIONS)}"
-    if _casts(candidate, file):
+        return f"{candidate.precision!r} is no precision; they are {', '.join(PRECISIONS)}"
+    if _is_in(file, candidate.precision) or _casts(candidate, file):
         return ""
     if candidate.precision in CASTS and file.format != "onnx":
         return f"only an ONNX graph can be cast to {candidate.precision}; this is {file.format}"
     return (
-        f"the graph's weights are {has}, and a cast does not lead from there to "
+        f"the graph is in {_dtype(file)}, and a cast does not lead from there to "
         f"{candidate.precision}: it takes a graph that is typed so (QuantizeLinear and "
         "DequantizeLinear for int8 and fp8)"
     )

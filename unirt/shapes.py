@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -53,14 +54,21 @@ class ShapeProfile:
 
     @classmethod
     def from_samples(cls, samples: Iterable[Mapping[str, Any]]) -> Self:
-        """The profile that covers these inputs: min and max over all, opt the most frequent one.
+        """The profile that covers these inputs: min and max over all, opt the most frequent sample.
 
         Raises ProfileError where there is no sample, or one input comes in several ranks.
         """
-        seen: dict[str, list[Shape]] = {}
+        seen: dict[str, dict[Shape, None]] = {}
+        together: Counter[tuple[tuple[str, Shape], ...]] = Counter()
         for sample in samples:
-            for name, value in sample.items():
-                seen.setdefault(name, []).append(tuple(int(size) for size in np.shape(value)))
+            shapes_of = {
+                name: tuple(int(size) for size in np.shape(value)) for name, value in sample.items()
+            }
+            for name, shape in shapes_of.items():
+                seen.setdefault(name, {})[shape] = None
+            together[tuple(shapes_of.items())] += 1
+        # Of one sample: inputs with an axis in common must agree.
+        usual = dict(together.most_common(1)[0][0]) if together else {}
         if not seen:
             raise ProfileError(
                 "There is no sample to derive a profile from.",
@@ -72,14 +80,14 @@ class ShapeProfile:
             if len({len(shape) for shape in found}) > 1:
                 raise ProfileError(
                     f"The samples of {name!r} have different ranks.",
-                    f"They come as {', '.join(map(str, dict.fromkeys(found)))}.",
+                    f"They come as {', '.join(map(str, found))}.",
                     "A network's input has one rank: check the samples.",
                     name=name,
                 )
             columns = list(zip(*found, strict=True))
             shapes[name] = (
                 tuple(min(column) for column in columns),
-                max(dict.fromkeys(found), key=found.count),
+                usual.get(name, next(iter(found))),
                 tuple(max(column) for column in columns),
             )
         return cls(shapes)
@@ -170,6 +178,22 @@ class ShapeProfile:
             f"{name} = {_range_text(ranges)}" for name, ranges in self.values.items()
         ]
         return "; ".join(parts) or "no dynamic inputs"
+
+
+def checked(profiles: Any, specs: Sequence[TensorSpec]) -> tuple[ShapeProfile, ...]:
+    """What a caller gave as profiles, each checked against the model. Raises ProfileError."""
+    listed = tuple(profiles) if isinstance(profiles, Iterable) else ()
+    wrong = profiles if not isinstance(profiles, Iterable) else None
+    wrong = next((one for one in listed if not isinstance(one, ShapeProfile)), wrong)
+    if wrong is not None:
+        raise ProfileError(
+            f"A {type(wrong).__name__} stands where profiles are expected.",
+            "They are a list of ShapeProfile.",
+            "Write for example profiles=[ShapeProfile({'x': ((1, 3), (8, 3), (64, 3))})].",
+        )
+    for profile in listed:
+        profile.check(specs)
+    return listed
 
 
 def _range(name: str, given: Any, least: int | None) -> Range:

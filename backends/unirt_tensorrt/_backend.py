@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class TensorRTBackend(Backend):
             if error.name not in _library.FLAVOURS:
                 raise
             return Availability.no(
-                "neither the tensorrt nor the tensorrt_rtx package is installed",
+                f"{error}",
                 "pip install 'unirt[tensorrt-rtx]' (RTX and consumer GPUs) or 'unirt[tensorrt]'",
             )
         version = f"{library.version} ({library.flavour})"
@@ -70,7 +71,7 @@ class TensorRTBackend(Backend):
             return Availability.no(
                 "no NVIDIA GPU is visible here"
                 + ("; tensorrt@aot builds and inspects plans without one" if targets else ""),
-                "check the driver with nvidia-smi",
+                "nvidia-smi tells whether the driver sees one",
                 version=version,
                 targets=targets,
             )
@@ -100,16 +101,23 @@ class TensorRTBackend(Backend):
 
     def _inspect_file(self, path: Path) -> EngineReport:
         """From the description beside the plan, or from the plan itself where a GPU is."""
-        if _cache.beside(path).is_file():
+        about = _cache.beside(path)
+        missing, remedy = (
+            f"No description lies beside it, and {self.probe().reason}.",
+            f"Lay {about.name} beside it, which UniRT wrote with it, or inspect it on a machine "
+            "with an NVIDIA GPU.",
+        )
+        if about.is_file():
             compiled = _cache.read_plan(path)
             if compiled.report is not None:
                 return compiled.report
+            missing = f"{about.name} tells no layers, and {self.probe().reason}."
+            remedy = "Build it again, or inspect it on a machine with an NVIDIA GPU."
         if not self.probe().available:
             raise BackendUnavailable(
                 f"{path} cannot be read here.",
-                f"No description lies beside it, and {self.probe().reason}.",
-                f"Lay {_cache.beside(path).name} beside it, which UniRT wrote with it, or inspect "
-                "it on a machine with an NVIDIA GPU.",
+                missing,
+                remedy,
                 backend=self.name,
                 path=path,
             )
@@ -139,6 +147,12 @@ class TensorRTBackend(Backend):
         nodes = {
             node.name or f"node_of_{node.output[0]}": node.op_type for node in graph.graph.node
         }
+        warnings = list(prepared.warnings)
+        if library.rounds_floats and not options.tf32 and _multiplies_floats(graph):
+            warnings.append(
+                "TensorRT for RTX rounds float32 products to TF32, about 3 digits, whatever tf32 "
+                f"says; start the process with {_library.TF32_OVERRIDE}=0 for all digits"
+            )
         ahead = device.kind != "cuda"
         timing_name = f"{_cache.machine()}-{library.version}-{device.name.replace(' ', '-')}"
         timing = store.read_timing(timing_name) if store and not library.is_rtx else b""
@@ -166,7 +180,7 @@ class TensorRTBackend(Backend):
                 plan.profiles,
                 report,
                 prepared.repairs,
-                (*prepared.warnings, *plan.warnings),
+                (*warnings, *plan.warnings),
             )
             engine = TensorRTEngine(library, file, device, options, compiled, runtime)
             if options.builds == 1 or ahead:
@@ -194,6 +208,13 @@ class TensorRTBackend(Backend):
         return best
 
 
+def _multiplies_floats(model: Any) -> bool:
+    """Whether the network holds products of float32 matrices."""
+    products = {"Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN", "Einsum"}
+    floats = any(one.data_type == 1 and len(one.dims) > 1 for one in model.graph.initializer)
+    return floats and any(node.op_type in products for node in model.graph.node)
+
+
 def _key(
     library: _library.Library,
     file: ModelFile,
@@ -201,7 +222,10 @@ def _key(
     options: TensorRTOptions,
     request: BuildRequest,
 ) -> Mapping[str, object]:
-    """All that decides the plan. A plan of tensorrt is for one GPU; one of RTX is for all."""
+    """All that decides the plan. A plan of tensorrt is for one GPU; one of RTX is for all, unless
+    it was asked to be for the current one.
+    """
+    portable = library.is_rtx and "current" not in map(str.lower, options.compute_capabilities)
     build_side: dict[str, Any] = {
         field.name: str(getattr(options, field.name))
         for field in dataclasses.fields(options)
@@ -211,9 +235,8 @@ def _key(
         "flavour": library.flavour,
         "version": library.version,
         "machine": _cache.machine(),
-        "device": device.kind
-        if library.is_rtx
-        else [device.name, str(device.facts.get("compute_capability"))],
+        "device": None if portable else [device.name, str(device.facts["compute_capability"])],
+        "tf32": os.environ.get(_library.TF32_OVERRIDE),  # another value, and it does not load
         "model": file.hash,
         "options": build_side,
         "profiles": [profile.to_dict() for profile in request.profiles],

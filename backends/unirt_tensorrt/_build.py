@@ -31,6 +31,7 @@ from unirt_tensorrt._errors import (
     warnings,
     wide,
 )
+from unirt_tensorrt._layers import tells_layers
 from unirt_tensorrt._library import Library
 from unirt_tensorrt._options import TensorRTOptions, capabilities, pool_limits, ranges
 from unirt_tensorrt._profiles import NetworkInput, complete, derive, values_example
@@ -53,8 +54,9 @@ class Plan:
     """A serialized engine and how it came about.
 
     `profiles` are in TensorRT's own order, with the inputs that need a range and no others; empty
-    for a static model. `derived` says that the caller gave none. `log` are the builder's lists of
-    layers, `warnings` what a user may want to act on. `timing_cache` is empty for TensorRT-RTX.
+    for a static model. `derived` says that the caller gave none. `log` is what the builder said
+    of its layers, `warnings` what a user may want to act on. `timing_cache` is empty for
+    TensorRT-RTX.
     """
 
     blob: bytes
@@ -197,7 +199,7 @@ class _Worker:
         return Plan(
             blob,
             profiles,
-            tuple(m.text for m in messages if m.text.startswith("Layers:")),
+            tuple(m.text for m in messages if tells_layers(m.text)),
             tuple(warnings(messages) + self._wide_weights()),
             time.perf_counter() - started,
             timings,

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
-import tempfile
+import secrets
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unirt import EngineReport, ModelError, ShapeProfile, __version__
+from unirt import EngineReport, ModelError, ShapeProfile
 from unirt_tensorrt._library import Library
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ FORMAT = 1
 
 def key_of(parts: Mapping[str, object]) -> str:
     """A name for everything that decides a plan; equal only where all of it is equal."""
-    text = json.dumps({**parts, "unirt": __version__, "format": FORMAT}, sort_keys=True)
+    text = json.dumps({**parts, "unirt": version("unirt"), "format": FORMAT}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -188,13 +188,14 @@ def _locked(path: Path) -> Any:
 
 def _replace(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not by `tempfile`, whose files nobody else may read: plans are made to be passed on.
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with new.open("xb") as file:
             file.write(content)
-        Path(name).replace(path)
+        new.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -170,31 +171,66 @@ class DeviceMemory(_Handle):
         self.pointer, self.size = pointer, size
 
 
-class MemoryPool(_Handle):
+class MemoryPool:
     """Device memory for arrays that callers keep: cheap to take and to give back in stream order.
 
-    The pool keeps what is given back until it is closed; arrays that outlive it keep theirs.
+    It keeps what is given back, for the next, until it is closed. Arrays may outlive that: the pool
+    itself goes with the last of them, since the driver crashes where a pool is destroyed first.
     """
 
     def __init__(self, cuda: Cuda) -> None:
+        from cuda.bindings import driver
+
         runtime = cuda.runtime
         properties = runtime.cudaMemPoolProps()
         properties.allocType = runtime.cudaMemAllocationType.cudaMemAllocationTypePinned
         properties.location.type = runtime.cudaMemLocationType.cudaMemLocationTypeDevice
         properties.location.id = cuda.index
-        handle = check(runtime.cudaMemPoolCreate(properties))
-        super().__init__(handle, runtime.cudaMemPoolDestroy)
-        self._cuda = cuda
+        self.cuda, self.handle = cuda, check(runtime.cudaMemPoolCreate(properties))
         threshold = runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
-        from cuda.bindings import driver
-
-        check(runtime.cudaMemPoolSetAttribute(handle, threshold, driver.cuuint64_t(2**64 - 1)))
+        everything = driver.cuuint64_t(2**64 - 1)
+        check(runtime.cudaMemPoolSetAttribute(self.handle, threshold, everything))
+        self._lock = threading.RLock()
+        self._out = 0
+        self._closed = False
 
     def allocate(self, size: int, stream: Stream) -> PoolMemory:
         """Memory that may be used by `stream` from now on."""
-        runtime = self._cuda.runtime
+        runtime = self.cuda.runtime
         pointer = check(runtime.cudaMallocFromPoolAsync(max(size, 1), self.handle, stream.handle))
+        with self._lock:
+            self._out += 1
         return PoolMemory(self, int(pointer), size)
+
+    def take_back(self, pointer: int, readers: set[int] | None) -> None:
+        """Frees it once the default stream and these streams have reached this point."""
+        runtime = self.cuda.runtime
+        for stream in readers or ():
+            event = self.cuda.event()
+            if int(runtime.cudaEventRecord(event.handle, stream)[0]):
+                runtime.cudaDeviceSynchronize()  # that stream is gone; its work may not be
+            else:
+                runtime.cudaStreamWaitEvent(LEGACY_STREAM, event.handle, 0)
+        runtime.cudaFreeAsync(pointer, LEGACY_STREAM)
+        with self._lock:
+            self._out -= 1
+            if self._closed and not self._out:
+                self._destroy()
+
+    def close(self) -> None:
+        """Gives back to the device what no array holds, and the rest when the arrays go."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._out:
+                self.cuda.runtime.cudaMemPoolTrimTo(self.handle, 0)
+            else:
+                self._destroy()
+
+    def _destroy(self) -> None:
+        self.cuda.runtime.cudaStreamSynchronize(LEGACY_STREAM)
+        self.cuda.runtime.cudaMemPoolDestroy(self.handle)
 
 
 class PoolMemory:
@@ -216,14 +252,7 @@ class PoolMemory:
     def __del__(self) -> None:
         # While Python shuts down, modules are half gone and the process gives all memory back.
         with contextlib.suppress(Exception):
-            runtime = self._pool._cuda.runtime
-            for stream in self._readers or ():
-                event = self._pool._cuda.event()
-                if int(runtime.cudaEventRecord(event.handle, stream)[0]):
-                    runtime.cudaDeviceSynchronize()  # that stream is gone; its work may not be
-                else:
-                    runtime.cudaStreamWaitEvent(LEGACY_STREAM, event.handle, 0)
-            runtime.cudaFreeAsync(self.pointer, LEGACY_STREAM)
+            self._pool.take_back(self.pointer, self._readers)
 
 
 class Graph(_Handle):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +26,12 @@ from unirt import (
 )
 from unirt_tensorrt import _cache, _layers
 from unirt_tensorrt._cuda import Cuda, DeviceMemory, aligned, check
-from unirt_tensorrt._lane import Lane, Scratch, Shape, Tensor
+from unirt_tensorrt._lane import Lane
 from unirt_tensorrt._library import ERROR, WARNING, Library, Message
 from unirt_tensorrt._options import TensorRTOptions
 from unirt_tensorrt._session import TensorRTSession
+from unirt_tensorrt._staging import Shape, Tensor
+from unirt_tensorrt._unit import Unit
 
 log = logging.getLogger("unirt.tensorrt")
 
@@ -72,7 +72,9 @@ class TensorRTEngine(Engine):
     engine_graphs = False
     """Whether contexts capture and replay CUDA graphs by themselves."""
     captures = False
-    """Whether lanes do it for them."""
+    """Whether lanes do it for them, where a context meets one set of shapes only."""
+    captures_ranges = False
+    """Whether they also do it for shapes within a range, each in a context of its own."""
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class TensorRTEngine(Engine):
         self._compiled = compiled
         self._store = store
         self._making = threading.Lock()
+        self.turns = threading.RLock()
         self.ahead = device.kind != "cuda"
         self._facts = _facts(library, options, compiled)
         if self.ahead:
@@ -131,7 +134,7 @@ class TensorRTEngine(Engine):
             range(len(self._ranges)), key=lambda index: self._ranges[index].spread
         )
         self.arrays = self.cuda.pool()
-        self.shared_scratch = Scratch(self, shared=True) if self.settings.share_memory else None
+        self.shared_unit = Unit(self, shared=True) if self.settings.share_memory else None
 
     def _read_tensors(self, file: ModelFile) -> tuple[Tensor, ...]:
         trt, native = self.library.module, self.native
@@ -188,6 +191,9 @@ class TensorRTEngine(Engine):
         """
         trt, native, options = self.library.module, self.native, self.settings
         self.captures = options.cuda_graphs in ("auto", "capture")
+        self.captures_ranges = options.cuda_graphs == "capture"
+        if options.specialization == "lazy":
+            self.captures = False  # kernels are exchanged behind a graph's back
         if not hasattr(native, "create_runtime_config"):
             return None, None
         config = native.create_runtime_config()
@@ -195,8 +201,7 @@ class TensorRTEngine(Engine):
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         if hasattr(config, "cuda_graph_strategy"):
-            whole = options.cuda_graphs in ("auto", "engine")
-            self.captures, self.engine_graphs = options.cuda_graphs == "capture", whole
+            whole = self.engine_graphs = options.cuda_graphs == "engine"
             strategy = trt.CudaGraphStrategy
             config.cuda_graph_strategy = (
                 strategy.WHOLE_GRAPH_CAPTURE if whole and not plain else strategy.DISABLED
@@ -284,6 +289,10 @@ class TensorRTEngine(Engine):
             profiles=self._ranges,
         )
 
+    def is_static(self, profile: int) -> bool:
+        """Whether a profile holds one set of shapes only."""
+        return self._ranges[profile].spread == 1
+
     def allocator_type(self) -> Any:
         return _allocator_type(self.library.module)
 
@@ -308,8 +317,8 @@ class TensorRTEngine(Engine):
             raise BackendUnavailable(
                 "This engine was built ahead of time and cannot run here.",
                 "It was compiled for the device `aot`, without a GPU.",
-                "Save it with engine.save(path), or build it as tensorrt@cuda:0 on a machine with "
-                "an NVIDIA GPU.",
+                "Build it with the option cache=folder, and take that folder to a machine with an "
+                "NVIDIA GPU: tensorrt@cuda:0 with the same folder finds it there.",
                 backend="tensorrt",
             )
         return TensorRTSession(self)
@@ -336,7 +345,8 @@ class TensorRTEngine(Engine):
 
     def measure(self, runs: int = 30) -> float:
         """Median seconds of device time of one run at the first profile's common shapes."""
-        lane = Lane(self)
+        unit = Unit(self)
+        lane = Lane(self, unit)
         try:
             profile = self._ranges[0] if self._ranges else ShapeProfile({})
             inputs = {}
@@ -352,13 +362,14 @@ class TensorRTEngine(Engine):
             return lane.seconds(inputs, runs)
         finally:
             lane.close()
+            unit.close()
 
     def _close(self) -> None:
         if self.ahead:
             return
         self.save_runtime_cache()
-        if self.shared_scratch is not None:
-            self.shared_scratch.close()
+        if self.shared_unit is not None:
+            self.shared_unit.close()
         self.arrays.close()
         # In this order: contexts are gone with their lanes, and an engine needs its runtime.
         del self._config, self._plain_config, self._runtime_cache
@@ -471,8 +482,3 @@ def _allocator_type(trt: Any) -> Any:
 
     _ALLOCATORS[trt.__name__] = OutputAllocator
     return OutputAllocator
-
-
-def quiet_deprecations() -> contextlib.AbstractContextManager[Any]:
-    """TensorRT announces the end of members that other flavours still need."""
-    return warnings.catch_warnings(action="ignore", category=DeprecationWarning)

@@ -330,9 +330,6 @@ def _fold_biases(part: _Part, repairs: _Messages) -> None:
                 "TensorRT dequantizes no int32 tensors, and this one is not constant.",
                 "Leave that tensor unquantized.",
             )
-        zero = part.array(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        if zero is not None:
-            values = values - _spread(zero, node, values.shape)
         factors = _spread(scale.astype(np.float32), node, values.shape)
         element_type = _attribute(node, "output_dtype") or part.element_type(node.input[1])
         part.remove(node)

@@ -95,14 +95,19 @@ def from_inspector(text: str | bytes, graph: Mapping[str, str]) -> EngineReport:
     return _report(listed, _borders(_objects(border)), INSPECTOR, graph)
 
 
+def tells_layers(message: str) -> bool:
+    """Whether `from_builder_log` has a use for what a builder logged."""
+    return message.startswith((LAYERS, NAMED_LAYERS)) or _METADATA.match(message) is not None
+
+
 def from_builder_log(messages: Iterable[str], graph: Mapping[str, str]) -> EngineReport | None:
     """The report in what a builder logged, the last engine's; None where it tells no layers."""
     found = names = None
     metadata: dict[str, str] = {}
     for message in messages:
-        if message.startswith("Layers:"):
+        if message.startswith(LAYERS):
             found = message
-        elif message.startswith("Engine Layer Information:"):
+        elif message.startswith(NAMED_LAYERS):
             names = message
         elif match := _METADATA.match(message):
             metadata[match["name"]] = match["metadata"]
@@ -330,6 +335,7 @@ _NEXT_KEY = re.compile(r", (?=[A-Z][A-Za-z/]*: ?)")
 _AFTER_NAME = re.compile(r", (?=(?:LayerType|Location|Dimensions|Format/Datatype|IOMode): ?)")
 _OBJECT_END = re.compile(r"\s*\}(?=\s*[,\]])")
 
+LAYERS, NAMED_LAYERS = "Layers:", "Engine Layer Information:"
 _METADATA = re.compile(r"ForeignNode (?P<name>\{.*?\]\}) metadata: (?P<metadata>.*)", re.DOTALL)
 
 

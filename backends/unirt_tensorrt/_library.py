@@ -17,6 +17,7 @@ log = logging.getLogger("unirt.tensorrt")
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 """Modules with the same interface, the one that is tried first in front."""
 
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 # What TensorRT says to a machine without a GPU, where nothing is wrong.
 _NOISE = ("cudaError 35", "cudaError 100", "CUDA initialization failure with error: 35")
 _LEVELS = {0: "internal error", 1: "error", 2: "warning", 3: "info", 4: "verbose"}
@@ -48,6 +49,13 @@ class Library:
     def is_rtx(self) -> bool:
         return self.flavour == "tensorrt_rtx"
 
+    @property
+    def rounds_floats(self) -> bool:
+        """Whether float32 products are rounded to TF32 whatever a build asks: RTX only heeds the
+        environment, which has to be set before the process starts (docs/tensorrt.md).
+        """
+        return self.is_rtx and os.environ.get(TF32_OVERRIDE) != "0"
+
     @contextmanager
     def capture(self) -> Iterator[list[Message]]:
         """Everything this thread has TensorRT log meanwhile; without it, the log stays quiet but
@@ -72,7 +80,7 @@ def load() -> Library:
     Raises ModuleNotFoundError where none is, and what importing a broken one raises.
     """
     wanted = os.environ.get("UNIRT_TENSORRT", "")
-    names = (wanted,) if wanted else FLAVOURS
+    names = (wanted,) if wanted in FLAVOURS else FLAVOURS
     for name in names:
         try:
             module = importlib.import_module(name)
@@ -81,7 +89,8 @@ def load() -> Library:
                 raise
             continue
         return Library(module, name, module.__version__, _logger(module))
-    raise ModuleNotFoundError(f"no module named {' or '.join(names)}", name=names[0])
+    told = " and ".join(names)
+    raise ModuleNotFoundError(f"no package {told} is installed here", name=names[0])
 
 
 def _logger(trt: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from unirt import DeviceArray, EngineReport, InputError, Pool, Session
 from unirt_tensorrt._lane import Lane
+from unirt_tensorrt._unit import Unit
 
 if TYPE_CHECKING:
     from unirt_tensorrt._engine import TensorRTEngine
@@ -19,14 +21,16 @@ class TensorRTSession(Session):
 
     def __init__(self, engine: TensorRTEngine) -> None:
         self._native = engine
-        self.lanes = engine.settings.lanes
-        self._made: list[Lane] = []
+        # Two lanes for each unit: one's inputs travel while the other's compute.
+        self.lanes = 2 * engine.settings.lanes
+        self._units = [engine.shared_unit or Unit(engine) for _ in range(engine.settings.lanes)]
+        self._next = itertools.count()
         self._lanes = Pool(self._new_lane, self.lanes)
         # A first lane now: what cannot open says so here, and the first call does not wait for it.
         self._lanes.give(self._lanes.take())
 
     def _new_lane(self) -> Lane:
-        return Lane(self._native)
+        return Lane(self._native, self._units[next(self._next) % len(self._units)])
 
     def _run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         lane = None
@@ -51,18 +55,21 @@ class TensorRTSession(Session):
         self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
     ) -> Callable[[], object] | None:
         self._check_device({**inputs, **outputs})
-        step = Lane(self._native).bind(inputs, outputs)
-        if step is None and any(isinstance(v, DeviceArray) for v in outputs.values()):
+        lane = Lane(self._native, self._native.shared_unit or Unit(self._native))
+        step = lane.bind(inputs, outputs)
+        arrays = (*inputs.values(), *outputs.values())
+        if step is None and any(isinstance(array, DeviceArray) for array in arrays):
             raise InputError(
                 "These device buffers cannot be bound.",
-                "An address is not aligned to 256 bytes, an output's size is open, or the session "
-                "shares its memory.",
+                "An address is not aligned to 256 bytes, or the network has an input or output "
+                "that TensorRT keeps on the host or sizes by itself.",
                 "Bind whole allocations, or use run(..., device_outputs=True).",
             )
         return step
 
     def _profile(self, inputs: Mapping[str, Any]) -> EngineReport:
-        lane = Lane(self._native)
+        unit = Unit(self._native, plain=True)
+        lane = Lane(self._native, unit)
         try:
             on_host = {
                 name: value.numpy() if isinstance(value, DeviceArray) else value
@@ -71,6 +78,7 @@ class TensorRTSession(Session):
             times = lane.profile(on_host)
         finally:
             lane.close()
+            unit.close()
         return self._native.inspect().with_times(times)
 
     def _check_device(self, arrays: Mapping[str, Any]) -> None:
@@ -87,4 +95,7 @@ class TensorRTSession(Session):
     def _close(self) -> None:
         for lane in self._lanes.drain():
             lane.close()
+        for unit in self._units:
+            if not unit.is_shared:
+                unit.close()
         self._native.save_runtime_cache()

@@ -37,6 +37,7 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx, whose builder is teste
 
 from unirt_tensorrt import _build
 from unirt_tensorrt._build import Plan, build
+from unirt_tensorrt._layers import from_builder_log
 from unirt_tensorrt._library import Library, load
 from unirt_tensorrt._options import TensorRTOptions, check
 
@@ -86,6 +87,12 @@ def model_file(content: bytes) -> unirt.ModelFile:
     return file
 
 
+def listed(plan: Plan) -> str:
+    """The builder's list of the layers."""
+    (layers,) = (text for text in plan.log if text.startswith("Layers:"))
+    return layers
+
+
 # What builds
 
 
@@ -95,8 +102,7 @@ def test_builds_networks_in_every_float_type(make: Make, network: str, dtype: st
     plan = make(getattr(g, network)(dtype))
     kernel = {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16"}[dtype]
     assert len(plan.blob) > 100_000
-    (layers,) = plan.log
-    assert layers.startswith("Layers:")
+    layers = listed(plan)
     assert f"Datatype: {kernel}" in layers
     assert plan.warnings == ()
     assert plan.seconds > 0
@@ -104,14 +110,26 @@ def test_builds_networks_in_every_float_type(make: Make, network: str, dtype: st
 
 
 def test_computes_quantized_products_in_int8(make: Make) -> None:
-    (layers,) = make(g.int8_matmul()).log
+    layers = listed(make(g.int8_matmul()))
     assert "Datatype: Int8" in layers
 
 
 def test_the_plan_shows_which_nodes_a_layer_holds(make: Make) -> None:
-    (layers,) = make(g.cnn()).log
+    layers = listed(make(g.cnn()))
     assert "[ONNX Layer: conv1]" in layers
     assert "[ONNX Layer: relu1]" in layers
+
+
+@pytest.mark.parametrize("verbosity", ["detailed", "names"])
+def test_at_any_verbosity_the_log_makes_a_report(make: Make, verbosity: str) -> None:
+    graph = {"conv1": "Conv", "relu1": "Relu"}
+    report = from_builder_log(make(g.cnn(), verbosity=verbosity).log, graph)
+    assert report is not None
+    assert report.missing == ()
+    assert [layer.kind == "region" for layer in report.layers] == (
+        [True] if verbosity == "names" else [False] * len(report.layers)
+    )
+    assert any("conv1" in layer.nodes and len(layer.nodes) > 1 for layer in report.layers)
 
 
 def test_a_static_model_has_no_profile(make: Make) -> None:

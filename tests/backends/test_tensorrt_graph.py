@@ -124,6 +124,22 @@ def test_16_bit_scales_become_float32(opset: int) -> None:
     assert built(prepared.model)[0]
 
 
+def test_types_that_a_node_names_itself_follow() -> None:
+    text = """
+    g (float16[4] x) => (float[4] y) {
+      [q] q = QuantizeLinear <precision = 10> (x, s, z)
+      [d] y = DequantizeLinear <output_dtype = 1> (q, s, z)
+    }"""
+    model = graph(text, {"s": np.float16(1 / 16), "z": np.int8(0)}, opset=23)
+    prepared = repaired(model, {"x": uniform(4).astype(np.float16)})
+    quantize, dequantize = (
+        next(n for n in prepared.model.graph.node if n.name == name) for name in ("q", "d")
+    )
+    assert not quantize.attribute
+    assert not dequantize.attribute
+    assert built(prepared.model)[0]
+
+
 def test_bfloat16_scales_become_float32() -> None:
     import ml_dtypes
 
@@ -214,14 +230,14 @@ def test_uint4_blocks_around_8_become_int4() -> None:
     import ml_dtypes
 
     text = """
-    g (float[8,32] x) => (float[8,16] y) {
+    g (float[8,32] x) => (float[8,24] y) {
       [wd] wd = DequantizeLinear <axis = 0, block_size = 16> (w, ws, wz)
       [mm] y = MatMul (x, wd)
     }"""
     weights = {
-        "w": RANDOM.integers(0, 16, (32, 16)).astype(ml_dtypes.uint4),
-        "ws": np.full((2, 16), 0.1, np.float32),
-        "wz": np.full((2, 16), 8).astype(ml_dtypes.uint4),
+        "w": RANDOM.integers(0, 15, (32, 24)).astype(ml_dtypes.uint4),
+        "ws": np.full((2, 24), 0.1, np.float32),
+        "wz": np.repeat([[8], [7]], 24, 1).astype(ml_dtypes.uint4),
     }
     prepared = repaired(graph(text, weights), {"x": uniform(8, 32)})
     assert {t.data_type for t in prepared.model.graph.initializer} == {

@@ -14,7 +14,7 @@ import typer
 from unirt import plugins
 from unirt.comparison import Result
 from unirt.devices import host_devices
-from unirt.errors import ModelError, OptionError, UnirtError, sentence
+from unirt.errors import ModelError, OptionError, ProfileError, UnirtError, sentence
 from unirt.model import Model
 from unirt.selector import Row
 from unirt.shapes import ShapeProfile
@@ -152,7 +152,14 @@ def only_for(options: Mapping[str, Any], backend: str) -> dict[str, Any]:
 
 def read_profiles(texts: Sequence[str] | None) -> list[ShapeProfile]:
     """`x=1x3:8x3:64x3` texts as profiles; one shape instead of three is all of them."""
-    return [ShapeProfile(_ranges(text, "--profile", (1, 3))) for text in texts or ()]
+    profiles = []
+    for text in texts or ():
+        ranges = _ranges(text, "--profile", (1, 3))
+        try:
+            profiles.append(ShapeProfile(ranges))
+        except ProfileError as error:
+            raise _unreadable("--profile", text, error.why) from error
+    return profiles
 
 
 def read_hot_shapes(texts: Sequence[str] | None) -> list[dict[str, tuple[int, ...]]]:
@@ -170,18 +177,23 @@ def _ranges(text: str, flag: str, counts: tuple[int, ...]) -> dict[str, Any]:
         shapes = [shape.replace(",", "x").split("x") for shape in sizes.split(":")]
         well = all(size.strip().isdecimal() for shape in shapes for size in shape)
         if not equals or not name or not well or len(shapes) not in counts:
-            raise OptionError(
-                f"{flag} {text} cannot be read.",
-                "It is the name of an input, =, and "
-                + ("a shape." if counts == (1,) else "one shape, or three with : between them."),
-                f"Write for example {flag} x=1x3x224x224"
-                + ("." if counts == (1,) else ":8x3x224x224:64x3x224x224."),
-                text=text,
-            )
-        found[name] = [tuple(int(size) for size in shape) for shape in shapes]
-        if flag == "--profile":
-            found[name] = found[name] * 3 if len(found[name]) == 1 else found[name]
+            several = "one shape, or three with : between them"
+            form = several if 3 in counts else "a shape"
+            raise _unreadable(flag, text, f"It is the name of an input, =, and {form}.")
+        if name in found:
+            raise _unreadable(flag, text, f"{name!r} is there twice.")
+        sizes_of = [tuple(int(size) for size in shape) for shape in shapes]
+        found[name] = sizes_of * 3 if 3 in counts and len(shapes) == 1 else sizes_of
+    if not found:
+        raise _unreadable(flag, text, "It names no input.")
     return found
+
+
+def _unreadable(flag: str, text: str, why: str) -> OptionError:
+    example = "1x3x224x224" + (":8x3x224x224:64x3x224x224" if flag == "--profile" else "")
+    return OptionError(
+        f"{flag} {text} cannot be used.", why, f"Write for example {flag} x={example}.", text=text
+    )
 
 
 def read_options(texts: Sequence[str] | None, backend: str | None = None) -> dict[str, Any]:

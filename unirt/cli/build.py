@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from unirt.backend import Engine
+from unirt import plugins
+from unirt.backend import Engine, SupportsEngineFiles
 from unirt.cli.arguments import (
     Beside,
     Debug,
@@ -29,6 +32,7 @@ from unirt.cli.arguments import (
 )
 from unirt.cli.outcome import reporting
 from unirt.cli.terminal import building, duration, print_pairs, size_text, stdout
+from unirt.errors import OptionError
 from unirt.loading import build as build_engine
 from unirt.types import Candidate
 
@@ -62,41 +66,61 @@ def build(
         opened = open_model(model, beside)
         named = Candidate.parse(candidate)
         options = only_for(read_options(option, named.backend), named.backend)
+        profiles, hot_shapes = read_profiles(profile), read_hot_shapes(hot)
+        if out is not None:
+            _check_out(out, model, named.backend)
         with (
             building(opened.name, as_json) as progress,
             hinting_beside(opened, model, named, beside),
-            build_engine(
+        ):
+            engine = build_engine(
                 opened,
                 named,
                 options=options or None,
-                profiles=read_profiles(profile),
-                hot_shapes=read_hot_shapes(hot),
+                profiles=profiles,
+                hot_shapes=hot_shapes,
                 progress=progress,
-            ) as engine,
-        ):
+            )
+        with engine, redirect_stdout(sys.stderr):
             saved = engine.save(out) if out is not None else None
-            report.document = document(engine, saved)
-            if not as_json:
-                show(stdout(), engine, saved)
+        report.document = document(engine) | {"saved": str(saved) if saved else None}
+        if not as_json:
+            show(stdout(), engine)
+            if saved is not None:
+                stdout().print(Text(f"Saved: {saved}"))
 
 
-def document(engine: Engine, saved: Path | None = None) -> dict[str, Any]:
+def _check_out(out: Path, model: Path, backend: str) -> None:
+    """Before a build that may take minutes. Raises OptionError."""
+    plugin = plugins.plugin(backend)
+    found = plugin.backend if plugin else None
+    problem, remedy = "", "Name a file that need not exist."
+    if out.is_dir():
+        problem = "It is a folder"
+    elif out.exists() and out.samefile(model):
+        problem = "It is the model itself"
+    elif isinstance(found, SupportsEngineFiles) and out.suffix.lower() not in found.engine_suffixes:
+        problem = f"Engines of {backend} are called {' or '.join(found.engine_suffixes)}"
+        remedy = f"Write --out {out.with_suffix(found.engine_suffixes[0])}."
+    if problem:
+        raise OptionError(f"--out {out} cannot be written.", f"{problem}.", remedy)
+
+
+def document(engine: Engine) -> dict[str, Any]:
     return {
         "model": engine.model.name,
         "model_hash": engine.model.hash,
         "candidate": str(engine.candidate),
         "build_seconds": engine.build_seconds,
         "facts": dict(engine.facts),
-        "saved": str(saved) if saved else None,
+        "notes": list(engine.notes),
     }
 
 
-def show(console: Console, engine: Engine, saved: Path | None = None) -> None:
+def show(console: Console, engine: Engine) -> None:
     took = duration(engine.build_seconds)
     console.print(Text.assemble((str(engine.candidate), "bold"), f", built in {took}"))
-    print_pairs(console, list(_facts(engine.facts)), indent=2)
-    if saved is not None:
-        console.print(Text(f"Saved: {saved}"))
+    print_pairs(console, _facts({**engine.facts, "cast": engine.notes}), indent=2)
 
 
 def _facts(facts: Mapping[str, object]) -> list[tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,7 @@ from unirt.cli.arguments import (
 )
 from unirt.cli.build import document as built_document
 from unirt.cli.build import show as show_built
+from unirt.cli.layers import document as layers_document
 from unirt.cli.layers import show_report
 from unirt.cli.outcome import reporting
 from unirt.cli.terminal import (
@@ -81,16 +84,27 @@ def inspect(
     """
     with reporting(as_json, debug) as report:
         backend = _backend_of(model)
+        made = {"times": times, "option": option, "profile": profile, "shape": shape}
         if backend is not None:
-            layers = backend.inspect_file(model)
-            report.document = {"engine": str(model), "layers": layers.to_dict()}
+            _refuse(
+                {"candidate": candidate, **made, "beside": beside},
+                f"{model.name} is an engine already.",
+                "Leave it out, or name the model.",
+            )
+            with redirect_stdout(sys.stderr):
+                layers = backend.inspect_file(model)
+            report.document = {"engine": str(model), "layers": layers_document(layers)}
             if not as_json:
                 show_report(stdout(), layers)
             return
         opened = open_model(model, beside)
         report.document = document(opened)
         if candidate is None:
-            _refuse_without_engine(times=times, option=option, profile=profile, shape=shape)
+            _refuse(
+                made,
+                "Without a candidate, inspect reads the model file alone.",
+                "Add --candidate, for example -c tensorrt.",
+            )
             if not as_json:
                 show(stdout(), opened)
             return
@@ -104,26 +118,28 @@ def inspect(
         with (
             building(opened.name, as_json) as progress,
             hinting_beside(opened, model, named, beside),
-            build(
+        ):
+            engine = build(
                 opened,
                 named,
                 options=options or None,
                 profiles=profiles,
                 samples=feeds,
                 progress=progress,
-            ) as engine,
-        ):
+            )
+        with engine, redirect_stdout(sys.stderr):
             if times:
                 with engine.session() as session:
                     layers = session.profile(feeds[0])
             else:
                 layers = engine.inspect()
-            report.document |= {"engine": built_document(engine), "layers": layers.to_dict()}
-            if not as_json:
-                show(stdout(), opened)
-                stdout().print()
-                show_built(stdout(), engine)
-                show_report(stdout(), layers)
+        report.document |= {"engine": built_document(engine), "layers": layers_document(layers)}
+        if not as_json:
+            show(stdout(), opened)
+            stdout().print()
+            show_built(stdout(), engine)
+            stdout().print()
+            show_report(stdout(), layers)
 
 
 def _backend_of(path: Path) -> Backend | None:
@@ -138,13 +154,13 @@ def _backend_of(path: Path) -> Backend | None:
     return None
 
 
-def _refuse_without_engine(**given: object) -> None:
+def _refuse(given: Mapping[str, object], why: str, remedy: str) -> None:
     for name, value in given.items():
         if value:
             raise OptionError(
-                f"--{name} says how an engine is made, and none is named.",
-                "Without a candidate, inspect reads the model file alone.",
-                "Add --candidate, for example -c tensorrt.",
+                f"--{name} says how an engine is made, and none is made here.",
+                why,
+                remedy,
                 option=name,
             )
 

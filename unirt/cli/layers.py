@@ -8,11 +8,15 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console
 
-from unirt.cli.terminal import Column, duration, print_heading, print_pairs, print_table
+from unirt.cli.terminal import GAP, Column, duration, print_heading, print_pairs, print_table
 from unirt.inspection import EngineReport, Layer, LayerTensor, Placement
 
 LABEL_CELLS, NODES_CELLS, TACTIC_CELLS = 28, 44, 30
 """How wide these may be in the table; `--json` has them in full."""
+LEAST_NODES_CELLS = 20
+"""Where the terminal is narrow, the names of nodes make room for the rest."""
+
+NODES = 1  # the column
 
 MOST_LINES = 8
 """Of each topic in the summary."""
@@ -72,7 +76,7 @@ def _show_table(console: Console, report: EngineReport) -> None:
     rows = [
         [
             f"{index:>2} {_shorten(_label(layer), LABEL_CELLS)}",
-            _nodes(layer.nodes),
+            "",
             _types(layer.inputs),
             _types(layer.outputs),
             _shape(layer.outputs),
@@ -90,6 +94,14 @@ def _show_table(console: Console, report: EngineReport) -> None:
             del columns[index]
             for row in rows:
                 del row[index]
+    taken = sum(
+        GAP + max([cell_len(column.title), *(cell_len(row[index]) for row in rows)])
+        for index, column in enumerate(columns)
+        if index != NODES and not column.optional
+    )
+    room = min(NODES_CELLS, max(LEAST_NODES_CELLS, console.width - taken))
+    for row, layer in zip(rows, report.layers, strict=True):
+        row[NODES] = _nodes(layer.nodes, room)
     moving = {id(one.layer) for one in (*report.reformats, *report.unfused_quantization)}
     styles = ["yellow" if id(layer) in moving else "" for layer in report.layers]
     print_table(console, columns, rows, styles)
@@ -100,22 +112,22 @@ def _label(layer: Layer) -> str:
     return "+".join(layer.operations) or layer.kind or layer.name
 
 
-def _nodes(names: Sequence[str]) -> str:
+def _nodes(names: Sequence[str], cells: int) -> str:
     """As many names as fit, the scope that they share said once: `/block.0/mlp/{fc1, bias}`."""
     if not names:
         return "-"
     scope = _scope(names) if len(names) > 1 else ""
     rest = [name[len(scope) :] for name in names]
-    if len(scope) > NODES_CELLS // 2:
+    if cell_len(scope) > cells // 2:
         scope = "…/"
     for shown in range(len(rest), 0, -1):
         listed = ", ".join(rest[:shown])
         if shown < len(rest):
             listed += f" +{len(rest) - shown}"
         text = f"{scope}{{{listed}}}" if scope else listed
-        if cell_len(text) <= NODES_CELLS:
+        if cell_len(text) <= cells:
             return text
-    return f"{_shorten(names[0], NODES_CELLS - 5)}{f' +{len(names) - 1}' if names[1:] else ''}"
+    return f"{_shorten(names[0], cells - 5)}{f' +{len(names) - 1}' if names[1:] else ''}"
 
 
 def _scope(names: Sequence[str]) -> str:

@@ -26,13 +26,14 @@ from unirt.errors import (
     ModelError,
     NoBackend,
     OptionError,
+    ProfileError,
     UnirtError,
 )
 
 OK, NOTHING, USAGE, INPUT, ENGINE = range(5)
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 no engine or no winner; 2 wrong usage, candidate or option; "
+    "Exit codes: 0 done; 1 no engine or no winner; 2 wrong usage, candidate, option or profile; "
     "3 the model, an input or the data is at fault; 4 an engine failed, or UniRT itself."
 )
 
@@ -41,7 +42,7 @@ def exit_code(error: BaseException) -> int:
     """What the shell gets for an error."""
     if isinstance(error, NoBackend | BackendUnavailable):
         return NOTHING
-    if isinstance(error, CandidateError | OptionError):
+    if isinstance(error, CandidateError | OptionError | ProfileError):
         return USAGE
     if isinstance(error, ModelError | InputError | DataError):
         return INPUT
