@@ -64,11 +64,13 @@ Progress = Callable[[BuildStep], object]
 class BuildRequest:
     """What a caller asks of one build beyond the backend's options.
 
-    `profiles` are checked against the model and speak of the file's own input names.
+    `profiles` and `hot` are checked against the model and speak of the file's own input names. Each
+    of `hot` is one set of shapes, besides the ranges or, without any, what the engine takes anyway.
     """
 
     profiles: tuple[ShapeProfile, ...] = ()
     progress: Progress | None = None
+    hot: tuple[ShapeProfile, ...] = ()
 
 
 class _Teller:
@@ -136,11 +138,13 @@ class Backend(abc.ABC):
         options: Mapping[str, object] | Options | None = None,
         *,
         profiles: Sequence[ShapeProfile] = (),
+        hot: Sequence[ShapeProfile] = (),
         progress: Progress | None = None,
     ) -> Engine:
         """The model compiled for `device`, or for this backend's default one.
 
-        Engines that take any shape have no use for `profiles`; they are checked all the same.
+        Engines that take any shape have no use for `profiles`, nor for `hot`, static ones besides
+        those; they are checked all the same.
         `progress` hears of the steps where the engine tells them, and cancels by returning False;
         what it raises comes out of here.
 
@@ -163,7 +167,9 @@ class Backend(abc.ABC):
             )
         wanted = checked(profiles, model.inputs)
         tell = _Teller(progress) if progress is not None else None
-        request = BuildRequest(_renamed(wanted, model.input_names(file)), tell)
+        names = model.input_names(file)
+        hot = _renamed(checked(hot, model.inputs), names)
+        request = BuildRequest(_renamed(wanted, names), tell, hot)
         started = time.perf_counter()
         try:
             if isinstance(self, SupportsBuildRequest):

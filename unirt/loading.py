@@ -130,11 +130,13 @@ def build(
             precision=candidate.precision,
         )
     wanted = checked(profiles, model.inputs) or _from_samples(model, samples)
-    wanted += tuple(map(_hot, hot_shapes))
+    hot = tuple(map(_hot, hot_shapes))
     notes: list[str] = []
     if file is not None and _casts(candidate, file):
         model = _cast(model, file, candidate.precision, notes)
-    engine = backend.compile(model, candidate.device, options, profiles=wanted, progress=progress)
+    engine = backend.compile(
+        model, candidate.device, options, profiles=wanted, hot=hot, progress=progress
+    )
     engine.precision, engine.notes = candidate.precision, tuple(notes)
     return engine
 

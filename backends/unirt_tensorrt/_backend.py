@@ -148,10 +148,10 @@ class TensorRTBackend(Backend):
             node.name or f"node_of_{node.output[0]}": node.op_type for node in graph.graph.node
         }
         warnings = list(prepared.warnings)
-        if library.rounds_floats and not options.tf32 and _multiplies_floats(graph):
+        if library.rounds_floats and _multiplies_floats(graph):
             warnings.append(
-                "TensorRT for RTX rounds float32 products to TF32, about 3 digits, whatever tf32 "
-                f"says; start the process with {_library.TF32_OVERRIDE}=0 for all digits"
+                f"float32 products are rounded to TF32, since {_library.TF32_OVERRIDE} is "
+                f"{os.environ.get(_library.TF32_OVERRIDE)!r} here: compare the answers"
             )
         ahead = device.kind != "cuda"
         timing_name = f"{_cache.machine()}-{library.version}-{device.name.replace(' ', '-')}"
@@ -240,6 +240,7 @@ def _key(
         "model": file.hash,
         "options": build_side,
         "profiles": [profile.to_dict() for profile in request.profiles],
+        "hot": [profile.to_dict() for profile in request.hot],
     }
 
 

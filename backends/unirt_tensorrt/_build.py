@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -90,7 +90,7 @@ def build(
     """
     steps: SimpleQueue[BuildStep | None] = SimpleQueue()
     cancelled = threading.Event()
-    worker = _Worker(library, file, content, options, request.profiles, ahead, steps, cancelled)
+    worker = _Worker(library, file, content, options, request, ahead, steps, cancelled)
 
     def work() -> Plan:
         try:
@@ -161,13 +161,13 @@ class _Worker:
         file: ModelFile,
         content: bytes,
         options: TensorRTOptions,
-        profiles: tuple[ShapeProfile, ...],
+        request: BuildRequest,
         ahead: bool,
         steps: SimpleQueue[BuildStep | None],
         cancelled: threading.Event,
     ) -> None:
         self.library, self.trt = library, library.module
-        self.options, self.given, self.ahead = options, profiles, ahead
+        self.options, self.request, self.ahead = options, request, ahead
         self.steps, self.cancelled = steps, cancelled
         self.context = Context(library, file, content, options, ahead, [])
 
@@ -326,8 +326,13 @@ class _Worker:
 
     def _profiles(self, network: Any) -> tuple[ShapeProfile, ...]:
         inputs = [NetworkInput(network.get_input(index)) for index in range(network.num_inputs)]
-        if self.given:
-            return complete(self.given, inputs)
+        hot = complete(self.request.hot, inputs)
+        given = complete(self.request.profiles, inputs)
+        ranged = given if self.request.profiles else self._derived(inputs)
+        return tuple(dict.fromkeys((*ranged, *hot)))
+
+    def _derived(self, inputs: Sequence[NetworkInput]) -> tuple[ShapeProfile, ...]:
+        """What a network gets for which nobody gave a range."""
         unknown = [one for one in inputs if one.needs_values]
         if unknown:
             names = ", ".join(repr(one.name) for one in unknown)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
+import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,9 @@ from unirt_tensorrt._staging import Shape, Tensor
 from unirt_tensorrt._unit import Unit
 
 log = logging.getLogger("unirt.tensorrt")
+
+SAVE_SECONDS = 5.0
+"""How seldom the runtime cache is saved while new shapes keep coming; closing saves the rest."""
 
 # trt.DataType -> UniRT's name. Four-bit types never cross the border of an engine.
 DTYPES = {
@@ -90,6 +96,9 @@ class TensorRTEngine(Engine):
         self._store = store
         self._making = threading.Lock()
         self.turns = threading.RLock()
+        self._saving = threading.RLock()
+        self._saved = -SAVE_SECONDS
+        self._units: weakref.WeakSet[Unit] = weakref.WeakSet()
         self.ahead = device.kind != "cuda"
         self._facts = _facts(library, options, compiled)
         if self.ahead:
@@ -300,15 +309,27 @@ class TensorRTEngine(Engine):
 
     def ran_first(self) -> None:
         """A set of shapes ran for the first time: kernels may have been compiled for it."""
-        if self._runtime_cache is not None:
+        if self._runtime_cache is None or self.settings.specialization == "lazy":
+            return  # lazy kernels come from threads that nobody can hold
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self._saved = time.monotonic()
             self.save_runtime_cache()
+
+    def register(self, unit: Unit) -> None:
+        """Units stand still while the runtime cache is read."""
+        with self._saving:
+            self._units.add(unit)
 
     def save_runtime_cache(self) -> None:
         if self._store is None or self._runtime_cache is None:
             return
         try:
-            with self._making:
-                self._store.save(bytes(self._runtime_cache.serialize()))
+            # RTX crashes where a kernel is added while the cache is being read.
+            with self._saving, contextlib.ExitStack() as still:
+                for unit in self._units:
+                    still.enter_context(unit.lock)
+                content = bytes(self._runtime_cache.serialize())
+            self._store.save(content)
         except Exception as error:  # noqa: BLE001 - a cache that cannot be kept costs time only
             log.warning("the runtime cache cannot be saved: %s", error)
 

@@ -51,8 +51,8 @@ class Library:
 
     @property
     def rounds_floats(self) -> bool:
-        """Whether float32 products are rounded to TF32 whatever a build asks: RTX only heeds the
-        environment, which has to be set before the process starts (docs/tensorrt.md).
+        """Whether float32 products are rounded to TF32 whatever a build asks: RTX heeds only what
+        the environment said when it was loaded.
         """
         return self.is_rtx and os.environ.get(TF32_OVERRIDE) != "0"
 
@@ -88,6 +88,10 @@ def load() -> Library:
             if error.name != name:
                 raise
             continue
+        if name == "tensorrt_rtx":
+            # RTX heeds no build flag for TF32, only this variable, and reads it once. With TF32 its
+            # float32 convolutions were wrong in the first digit on an H200 (docs/tensorrt.md).
+            os.environ.setdefault(TF32_OVERRIDE, "0")
         return Library(module, name, module.__version__, _logger(module))
     told = " and ".join(names)
     raise ModuleNotFoundError(f"no package {told} is installed here", name=names[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unirt import Device, OptionError, Options, option
-from unirt_tensorrt._library import Library
+from unirt_tensorrt._library import TF32_OVERRIDE, Library
 
 MIB = 1 << 20
 POOLS = (
@@ -184,6 +184,13 @@ def _conflicts(
         if device is None:
             for name, why in _NEEDS_GPU.items():
                 yield name, f"There is no GPU to build with: {why}.", leave
+        if not library.rounds_floats:
+            yield (
+                "tf32",
+                f"{title} takes this from the environment alone, and {TF32_OVERRIDE} is 0 there, "
+                "which UniRT sets where nothing is said.",
+                f"Start the process with {TF32_OVERRIDE}=1, and compare the answers.",
+            )
         yield (
             "version_compatible",
             f"Such an engine is read by libnvinfer_lean, which {title} comes without: its engines "

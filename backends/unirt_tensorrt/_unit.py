@@ -93,6 +93,7 @@ class Unit:
         self._last: Stream | None = None
         self._before: Stream | None = None
         self._fence: Event | None = None
+        engine.register(self)
 
     def order(self, stream: Stream) -> None:
         """What `stream` is given from now on runs after all that was enqueued before."""

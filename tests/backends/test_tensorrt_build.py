@@ -667,6 +667,7 @@ def test_every_option_says_what_it_means() -> None:
         ({"hardware_compatibility": "ampere_plus"}, "does not support it"),
         ({"timing_cache": "off"}, "times no kernels"),
         ({"timing_iterations": 4}, "times no kernels"),
+        ({"tf32": True}, "NVIDIA_TF32_OVERRIDE is 0"),
         ({"dla_core": 0}, "accelerator cores"),
         ({"gpu_fallback": True}, "accelerator cores"),
         ({"version_compatible": True}, "libnvinfer_lean"),
@@ -723,7 +724,6 @@ def test_options_of_the_other_flavour_are_refused(library: Library) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"tf32": True},
         {"weight_streaming": True},
         {"verbosity": "names"},
         {"memory_pools": "tactic_shared_memory=0.046875"},
