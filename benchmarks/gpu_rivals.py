@@ -141,9 +141,6 @@ class RawLoop:
         cudart = self.cudart
         self.enqueue()
         self.synchronize()
-        capturable = getattr(self.context, "is_stream_capturable", None)
-        if capturable is not None and not capturable(self.handle):
-            raise RuntimeError("TensorRT says that this stream cannot be captured")
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         (error,) = cudart.cudaStreamBeginCapture(self.stream, mode)
         self.enqueue()

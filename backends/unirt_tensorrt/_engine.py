@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from unirt_tensorrt._staging import Shape, Tensor
 from unirt_tensorrt._unit import Unit
 
 log = logging.getLogger("unirt.tensorrt")
+
+_compiling = threading.RLock()
 
 SAVE_SECONDS = 5.0
 """How seldom the runtime cache is saved while new shapes keep coming; closing saves the rest."""
@@ -316,18 +318,28 @@ class TensorRTEngine(Engine):
             self.save_runtime_cache()
 
     def register(self, unit: Unit) -> None:
-        """Units stand still while the runtime cache is read."""
+        """Counts a unit among those that `still` holds."""
         with self._saving:
             self._units.add(unit)
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """No unit of this engine enqueues meanwhile, and no other engine of the process compiles.
+
+        RTX compiles kernels when a context is made and when shapes are new, into a cache that all
+        contexts share: with several threads in there, or one that reads it, the process crashes.
+        Whoever holds a unit must not ask for this.
+        """
+        with _compiling, self._saving, contextlib.ExitStack() as units:
+            for unit in list(self._units):
+                units.enter_context(unit.lock)
+            yield
 
     def save_runtime_cache(self) -> None:
         if self._store is None or self._runtime_cache is None:
             return
         try:
-            # RTX crashes where a kernel is added while the cache is being read.
-            with self._saving, contextlib.ExitStack() as still:
-                for unit in self._units:
-                    still.enter_context(unit.lock)
+            with self.still():
                 content = bytes(self._runtime_cache.serialize())
             self._store.save(content)
         except Exception as error:  # noqa: BLE001 - a cache that cannot be kept costs time only

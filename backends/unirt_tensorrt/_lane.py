@@ -13,6 +13,7 @@ import contextlib
 import logging
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -151,6 +152,7 @@ class Lane:
                 buffer[...] = view
 
         step()
+        prepared.ran = True
         if self._engine.captures and not self._unit.is_shared:
             # No other shape and no other lane will ever come to this context.
             graph = self._capture(prepared, addresses)
@@ -224,7 +226,7 @@ class Lane:
         if prepared is None:
             if len(self._prepared) >= SHAPES:
                 self._prepared.clear()
-            with self._unit.lock:
+            with self._engine.still():
                 prepared = self._new_prepared(inputs, key)
             self._prepared[key] = prepared
         return prepared
@@ -286,7 +288,7 @@ class Lane:
     def _launch(self, prepared: Prepared, addresses: Addresses) -> bool:
         """Brings a call's computing to the stream. Says whether it was replayed from a graph."""
         unit, stream = self._unit, self.stream
-        with unit.lock:
+        with self._turn(prepared):
             unit.order(stream)
             if prepared.moves != unit.moves:
                 prepared.graphs.clear()
@@ -296,6 +298,10 @@ class Lane:
                 return True
             self._enqueue(prepared, addresses)
         return False
+
+    def _turn(self, prepared: Prepared) -> AbstractContextManager[object]:
+        """The unit for this call alone; all of the engine's where kernels may be compiled."""
+        return self._unit.lock if prepared.ran else self._engine.still()
 
     def _enqueue(self, prepared: Prepared, addresses: Addresses) -> None:
         context = prepared.context
@@ -427,7 +433,7 @@ class Lane:
         allocators = {tensor.name: make(self._cuda) for tensor in prepared.open_outputs}
         try:
             addresses = self._addresses(prepared, inputs, {})
-            with self._unit.lock:
+            with self._turn(prepared):
                 self._unit.order(self.stream)
                 try:
                     for name, allocator in allocators.items():
@@ -439,6 +445,7 @@ class Lane:
                 finally:
                     for name in allocators:
                         native.set_output_allocator(name, None)
+            prepared.ran = True
             outputs = {slot.tensor.name: slot.view.copy() for slot in prepared.outputs}
             for tensor in prepared.open_outputs:
                 outputs[tensor.name] = allocators[tensor.name].fetch(tensor)
