@@ -108,3 +108,12 @@ def test_a_profile_cannot_be_changed_and_reads_as_a_sentence() -> None:
     assert str(profile) == (
         "x [1, 3] to [64, 3], most often [8, 3]; k = [1] to [9], most often [5]"
     )
+
+
+def test_short_integer_inputs_are_bounded_by_value_too() -> None:
+    samples = [
+        {"x": np.zeros((2, 3), np.float32), "k": np.array([k, 7]), "ids": np.arange(40)}
+        for k in (5, 2, 5)
+    ]
+    profile = ShapeProfile.from_samples(samples)
+    assert dict(profile.values) == {"k": ((2, 7), (5, 7), (5, 7))}

@@ -273,8 +273,7 @@ class Engine(ClosesOnExit):
     build_seconds: float
     precision: str | None = None
     """The candidate's: the graph has it, or was cast to it. None: as the graph says."""
-    notes: tuple[str, ...] = ()
-    """What the cast changed beyond types, and which nodes it left as they are."""
+    _notes: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def _new_session(self) -> Session:
@@ -313,6 +312,14 @@ class Engine(ClosesOnExit):
     @property
     def candidate(self) -> Candidate:
         return Candidate(self.backend.name, str(self.device), self.precision)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a cast to the candidate's precision changed beyond types, and which nodes it left.
+
+        A backend whose engine was compiled before keeps them in `_notes`.
+        """
+        return self.file.notes or self._notes
 
     @property
     def facts(self) -> Mapping[str, object]:

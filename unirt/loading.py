@@ -131,33 +131,32 @@ def build(
         )
     wanted = checked(profiles, model.inputs) or _from_samples(model, samples)
     hot = tuple(map(_hot, hot_shapes))
-    notes: list[str] = []
     if file is not None and _casts(candidate, file):
-        model = _cast(model, file, candidate.precision, notes)
+        model = _cast(model, file, candidate.precision)
     engine = backend.compile(
         model, candidate.device, options, profiles=wanted, hot=hot, progress=progress
     )
-    engine.precision, engine.notes = candidate.precision, tuple(notes)
+    engine.precision = candidate.precision
     return engine
 
 
-def _cast(model: Model, file: ModelFile, precision: str | None, notes: list[str]) -> Model:
+def _cast(model: Model, file: ModelFile, precision: str | None) -> Model:
     """The model in that precision, cast once an engine reads it: one that finds itself compiled
     already never does.
     """
 
-    def make() -> bytes:
+    def make() -> tuple[bytes, tuple[str, ...]]:
         from unirt.precision import cast
 
         done = cast(model, "fp16" if precision == "fp16" else "bf16")
-        notes.extend(done.notes)
+        notes = list(done.notes)
         reasons: dict[str, list[str]] = {}
         for node, reason in done.kept.items():
             reasons.setdefault(reason, []).append(node)
         for reason, nodes in reasons.items():
             more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
             notes.append(f"in float32 stay {', '.join(nodes[:3])}{more}: {reason}")
-        return done.model.primary.read()
+        return done.model.primary.read(), tuple(notes)
 
     return Model.derived(file, make, f"cast to {precision}", model.name)
 

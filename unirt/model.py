@@ -82,9 +82,16 @@ class Model:
         }
 
     @classmethod
-    def derived(cls, file: ModelFile, make: Callable[[], bytes], how: str, name: str) -> Model:
+    def derived(
+        cls,
+        file: ModelFile,
+        make: Callable[[], tuple[bytes, tuple[str, ...]]],
+        how: str,
+        name: str,
+    ) -> Model:
         """A model that `make` makes of `file` when somebody reads it: a transform that keeps names,
-        shapes and types of inputs and outputs. `how` names the transform in the hash.
+        shapes and types of inputs and outputs, and gives bytes and notes on them. `how` names the
+        transform in the hash.
         """
         model = cls.__new__(cls)
         file = replace(file, content=Derived(file.content, make, how))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -19,6 +19,9 @@ Range = tuple[Shape, Shape, Shape]
 
 Given = Sequence[int] | Sequence[Sequence[int]]
 """A range as a caller writes it: (min, opt, max), or one shape that is all three."""
+
+SIZES = 8
+"""No network takes more sizes than that in one input: a shape of so many dimensions."""
 
 ROLES = ("min", "opt", "max")
 _NONE: Mapping[str, Given] = MappingProxyType({})
@@ -56,11 +59,18 @@ class ShapeProfile:
     def from_samples(cls, samples: Iterable[Mapping[str, Any]]) -> Self:
         """The profile that covers these inputs: min and max over all, opt the most frequent sample.
 
+        It bounds the values of short integer inputs too, in case they are sizes: engines take them
+        for that only where the network uses them so.
+
         Raises ProfileError where there is no sample, or one input comes in several ranks.
         """
         seen: dict[str, dict[Shape, None]] = {}
         together: Counter[tuple[tuple[str, Shape], ...]] = Counter()
+        values: dict[str, list[Shape]] = {}
         for sample in samples:
+            for name, value in sample.items():
+                if _may_be_sizes(value):
+                    values.setdefault(name, []).append(tuple(map(int, np.ravel(value))))
             shapes_of = {
                 name: tuple(int(size) for size in np.shape(value)) for name, value in sample.items()
             }
@@ -90,7 +100,13 @@ class ShapeProfile:
                 usual.get(name, next(iter(found))),
                 tuple(max(column) for column in columns),
             )
-        return cls(shapes)
+        count = sum(together.values())
+        bounded = {
+            name: (_each(min, found), max(found, key=found.count), _each(max, found))
+            for name, found in values.items()
+            if len(found) == count and len({len(one) for one in found}) == 1
+        }
+        return cls(shapes, bounded)
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
         """Raises ProfileError unless every range belongs to an input of the model and suits it,
@@ -194,6 +210,19 @@ def checked(profiles: Any, specs: Sequence[TensorSpec]) -> tuple[ShapeProfile, .
     for profile in listed:
         profile.check(specs)
     return listed
+
+
+def _may_be_sizes(value: Any) -> bool:
+    return (
+        isinstance(value, np.ndarray)
+        and value.dtype.kind in "iu"
+        and value.ndim <= 1
+        and 0 < value.size <= SIZES
+    )
+
+
+def _each(pick: Callable[[Iterable[int]], int], rows: Sequence[Shape]) -> Shape:
+    return tuple(pick(column) for column in zip(*rows, strict=True))
 
 
 def _range(name: str, given: Any, least: int | None) -> Range:

@@ -181,6 +181,7 @@ class TensorRTBackend(Backend):
                 report,
                 prepared.repairs,
                 (*warnings, *plan.warnings),
+                notes=file.notes,
             )
             engine = TensorRTEngine(library, file, device, options, compiled, runtime)
             if options.builds == 1 or ahead:

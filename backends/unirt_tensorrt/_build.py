@@ -326,10 +326,12 @@ class _Worker:
 
     def _profiles(self, network: Any) -> tuple[ShapeProfile, ...]:
         inputs = [NetworkInput(network.get_input(index)) for index in range(network.num_inputs)]
-        hot = complete(self.request.hot, inputs)
         given = complete(self.request.profiles, inputs)
         ranged = given if self.request.profiles else self._derived(inputs)
-        return tuple(dict.fromkeys((*ranged, *hot)))
+        # Hot shapes are shapes: what sizes stand in an input is as anywhere else.
+        values = dict(ranged[0].values) if ranged else {}
+        hot = [ShapeProfile(one.shapes, {**values, **one.values}) for one in self.request.hot]
+        return tuple(dict.fromkeys((*ranged, *complete(hot, inputs))))
 
     def _derived(self, inputs: Sequence[NetworkInput]) -> tuple[ShapeProfile, ...]:
         """What a network gets for which nobody gave a range."""

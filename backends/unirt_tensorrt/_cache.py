@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("unirt.tensorrt")
 
 LOCK_SECONDS = 60.0
-FORMAT = 1
+FORMAT = 2
 
 
 def key_of(parts: Mapping[str, object]) -> str:
@@ -113,6 +113,7 @@ def write_plan(path: Path, compiled: Compiled, library: Library) -> None:
         "repairs": list(compiled.repairs),
         "warnings": list(compiled.warnings),
         "builds": dict(compiled.builds) if compiled.builds else None,
+        "notes": list(compiled.notes),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, compiled.blob)
@@ -150,6 +151,7 @@ def read_plan(path: Path, library: Library | None = None, *, cached: bool = Fals
             tuple(about["warnings"]),
             about["builds"],
             cached,
+            tuple(about["notes"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"Its description is damaged: {error}") from error

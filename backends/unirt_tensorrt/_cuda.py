@@ -158,7 +158,7 @@ class PinnedMemory(_Handle):
         count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if count == 0:
             return np.empty(shape, dtype)
-        raw = (ctypes.c_uint8 * count).from_address(self.pointer + offset)
+        raw: Any = (ctypes.c_uint8 * count).from_address(self.pointer + offset)
         return np.frombuffer(raw, np.uint8).view(dtype).reshape(shape)
 
 

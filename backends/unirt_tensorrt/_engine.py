@@ -72,6 +72,7 @@ class Compiled:
     warnings: tuple[str, ...] = ()
     builds: Mapping[str, object] | None = None
     cached: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class TensorRTEngine(Engine):
@@ -102,7 +103,7 @@ class TensorRTEngine(Engine):
         self._saved = -SAVE_SECONDS
         self._units: weakref.WeakSet[Unit] = weakref.WeakSet()
         self.ahead = device.kind != "cuda"
-        self._facts = _facts(library, options, compiled)
+        self._facts, self._notes = _facts(library, options, compiled), compiled.notes
         if self.ahead:
             return
         self.cuda = Cuda(device.index or 0)

@@ -210,6 +210,12 @@ def _conflicts(
             f"{title} builds for the GPU that it runs on.",
             "Use hardware_compatibility=ampere_plus for an engine that runs on other GPUs.",
         )
+    if options.specialization == "lazy" and options.cuda_graphs == "capture":
+        yield (
+            "cuda_graphs",
+            "Lazy kernels are exchanged behind the back of a graph that was captured.",
+            "Set specialization=eager, or leave one of the two out.",
+        )
     if not options.version_compatible:
         yield "lean_runtime", "The engine is not version compatible.", "Set version_compatible."
     if not options.weight_streaming:

@@ -668,6 +668,7 @@ def test_every_option_says_what_it_means() -> None:
         ({"timing_cache": "off"}, "times no kernels"),
         ({"timing_iterations": 4}, "times no kernels"),
         ({"tf32": True}, "NVIDIA_TF32_OVERRIDE is 0"),
+        ({"specialization": "lazy", "cuda_graphs": "capture"}, "behind the back"),
         ({"dla_core": 0}, "accelerator cores"),
         ({"gpu_fallback": True}, "accelerator cores"),
         ({"version_compatible": True}, "libnvinfer_lean"),

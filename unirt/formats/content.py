@@ -86,6 +86,7 @@ class Content:
         self.source = source
         self.regions = merged(regions)
         self._lock = threading.Lock()
+        self.notes: tuple[str, ...] = ()
         self._digest: bytes | None = None
         self._hash: str | None = None
 
@@ -171,7 +172,9 @@ class Derived(Content):
     Its hash is known before: that of the content it comes from, and of what the transform is.
     """
 
-    def __init__(self, base: Content, make: Callable[[], bytes], how: str) -> None:
+    def __init__(
+        self, base: Content, make: Callable[[], tuple[bytes, tuple[str, ...]]], how: str
+    ) -> None:
         super().__init__(b"")
         self._base, self._make, self._how = base, make, how
 
@@ -196,7 +199,7 @@ class Derived(Content):
     def read(self) -> bytes:
         with self._lock:
             if not self.source:
-                self.source = self._make()
+                self.source, self.notes = self._make()
             assert isinstance(self.source, bytes)
             return self.source
 

@@ -48,6 +48,11 @@ class ModelFile:
         return tuple(file.path for file in self.content.external)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the transform that made this file has to say; empty until the file was read."""
+        return self.content.notes
+
+    @property
     def size(self) -> int:
         """Bytes of all its files."""
         return self.content.size
