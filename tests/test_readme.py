@@ -70,3 +70,27 @@ def test_figures_are_those_of_the_results() -> None:
     assert f"arrays {tiny['bind - raw best']:.1f} µs to {tiny['raw best']:.1f}," in flat
     assert gpu["conformance"]["exit"] == 0
     assert "failed" not in gpu["conformance"]
+
+
+def test_figures_of_tensorrt_are_those_of_the_results() -> None:
+    results = ROOT / "benchmarks" / "results" / "tensorrt-rtx-h200.json"
+    runs = json.loads(results.read_text())["runs"]
+    checks = [c for run in runs for section in run["sections"].values() for c in section["checks"]]
+    figure = {check["what"]: check["value"] for check in checks}
+    assert not [check["what"] for check in checks if check["met"] is False]
+    page = (ROOT / "docs" / "tensorrt.md").read_text()
+    told = re.findall(r"^\| .* \| ([0-9.]+) \|$", page, re.M)
+    assert len(told) == 16
+    for value in told:
+        assert any(f"{one:.3f}" == value for one in figure.values() if one is not None), value
+    assert f"takes {figure['run / Polygraphy']:.2f} of the time of Polygraphy" in README
+    assert f"{figure['resnet50 fp16 b1: run / raw']:.3f} of a hand-written loop" in README
+
+
+def test_the_options_of_tensorrt_stand_in_its_page() -> None:
+    from unirt_tensorrt._options import TensorRTOptions
+
+    page = (ROOT / "docs" / "tensorrt.md").read_text()
+    for info in TensorRTOptions.describe():
+        assert f"| `{info.name}` |" in page
+        assert f"| {info.help} |" in page
