@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 from unirt_tensorrt._graph import Prepared, prepare
+from unirt_tensorrt._library import load
 
 import unirt
 
@@ -51,26 +52,20 @@ def repaired(model: onnx.ModelProto, feed: Arrays) -> Prepared:
 
 def built(model: onnx.ModelProto) -> tuple[bool, list[str]]:
     """Whether TensorRT for RTX parses and builds it, and its warnings and errors."""
-    trt: Any = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, text: str) -> None:
-            # What UniRT sets for the process, and this builder would like otherwise.
-            if int(severity) <= 2 and "NVIDIA_TF32_OVERRIDE" not in text:
-                self.lines.append(text)
-
-    log = Log()
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    reader = trt.OnnxParser(network, log)
-    if not reader.parse(model.SerializeToString()):
-        return False, log.lines
-    plan = builder.build_serialized_network(network, builder.create_builder_config())
-    return plan is not None, log.lines
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    library = load()  # its logger is the one that a process may have
+    trt = library.module
+    with library.capture() as messages:
+        builder = trt.Builder(library.logger)
+        network = builder.create_network(0)
+        reader = trt.OnnxParser(network, library.logger)
+        plan = None
+        parsed = reader.parse(model.SerializeToString())
+        if parsed:
+            plan = builder.build_serialized_network(network, builder.create_builder_config())
+    # What UniRT sets for the process, and this builder would like otherwise.
+    said = [m.text for m in messages if m.severity <= 2 and "NVIDIA_TF32_OVERRIDE" not in m.text]
+    return plan is not None, said
 
 
 def constants(model: onnx.ModelProto) -> dict[str, Any]:
