@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -93,6 +93,10 @@ def build(
     worker = _Worker(library, file, content, options, request, ahead, steps, cancelled)
 
     def work() -> Plan:
+        # Taken here, where no Ctrl-C can come between the lock and its release.
+        while not _building.acquire(timeout=LISTENING_SECONDS):
+            if cancelled.is_set():
+                raise _cancelled(worker.context.label)
         try:
             prepare()
             return worker.build(timing_cache)
@@ -100,13 +104,7 @@ def build(
             _building.release()
 
     executor = ThreadPoolExecutor(1, "unirt-tensorrt-build")
-    while not _building.acquire(timeout=LISTENING_SECONDS):
-        pass
-    try:
-        future = executor.submit(work)
-    except BaseException:
-        _building.release()
-        raise
+    future = executor.submit(work)
     future.add_done_callback(lambda _: steps.put(None))
     try:
         while (step := _next(steps)) is not None:
@@ -114,8 +112,7 @@ def build(
                 cancelled.set()
     except BaseException:
         cancelled.set()
-        while _next(steps) is not None:
-            pass
+        wait([future])  # not for the queue's end, which may be what was just taken and lost
         raise
     finally:
         executor.shutdown(wait=False)
