@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from unirt import DeviceArray, dlpack
+from unirt import DeviceArray, InputError, TensorSpec, dlpack
+from unirt.arrays import admit
 
 
 class Owner:
@@ -77,3 +78,28 @@ def test_a_device_array_describes_itself_to_cuda_libraries() -> None:
     assert array.__cuda_array_interface__["data"] == (4096, False)
     read = dlpack.read(array.__dlpack__())
     assert (read.pointer, read.shape, read.dtype, read.device_id) == (4096, (2, 3), "float16", 1)
+
+
+def test_a_device_array_knows_that_others_have_its_address() -> None:
+    first, second = (DeviceArray(4096, (2, 3), "float16", 0, owner=None) for _ in range(2))
+    assert not first.lent
+    first.__dlpack__(stream=1)
+    assert first.lent
+    assert second.__cuda_array_interface__
+    assert second.lent
+
+
+def test_a_cuda_array_with_swapped_bytes_is_refused() -> None:
+    class OnlyCuda:
+        def __init__(self, typestr: str) -> None:
+            self.__cuda_array_interface__ = {
+                "shape": (2, 3),
+                "typestr": typestr,
+                "data": (4096, False),
+                "version": 3,
+            }
+
+    specs = (TensorSpec("x", "float32", (2, 3)),)
+    assert admit({"x": OnlyCuda("<f4")}, specs, "cuda")["x"].pointer == 4096
+    with pytest.raises(InputError, match="swapped"):
+        admit({"x": OnlyCuda(">f4")}, specs, "cuda")

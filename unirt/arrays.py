@@ -22,7 +22,7 @@ class DeviceArray:
     `numpy()` copies it to the host.
     """
 
-    __slots__ = ("_to_host", "device_id", "dtype", "owner", "pointer", "shape")
+    __slots__ = ("_to_host", "device_id", "dtype", "lent", "owner", "pointer", "shape")
 
     def __init__(
         self,
@@ -35,6 +35,7 @@ class DeviceArray:
     ) -> None:
         self.pointer, self.shape, self.dtype = pointer, shape, dtype
         self.device_id, self.owner, self._to_host = device_id, owner, to_host
+        self.lent = False  # whether others have its address, and may be writing there
 
     def numpy(self) -> Array:
         """A copy in host memory."""
@@ -50,6 +51,7 @@ class DeviceArray:
         return (dlpack.CUDA, self.device_id)
 
     def __dlpack__(self, *, stream: object = None, **_: object) -> Any:
+        self.lent = True
         # Memory that goes back to a pool must not be handed out again before this reader is done.
         read_on = getattr(self.owner, "read_on", None)
         if read_on is not None and isinstance(stream, int):
@@ -62,6 +64,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
+        self.lent = True
         return {
             "shape": self.shape,
             "typestr": numpy_dtype(self.dtype).str,
@@ -225,6 +228,8 @@ def _from_cuda(value: Any, spec: TensorSpec, device: str) -> DeviceArray:
     dense = tuple(dtype.itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape)))
     if device != "cuda":
         problem = f"This session runs on {device}, and the array lies in CUDA memory"
+    elif not dtype.isnative:
+        problem, remedy = "Its bytes are swapped", "Convert it to the machine's own byte order."
     elif told.get("mask") is not None:
         problem, remedy = "It is masked, and no engine knows masks", "Fill it first."
     elif strides is not None and tuple(strides) != dense:

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -76,10 +76,19 @@ class Cuda:
 
     def use(self) -> None:
         """Makes the device current for this thread."""
-        if self._several or self.index:
-            check(self.runtime.cudaSetDevice(self.index))
-        else:
-            check(self.runtime.cudaSetDevice(0))
+        check(self.runtime.cudaSetDevice(self.index))
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Makes it so for a moment: for what dies in anybody's thread."""
+        before = check(self.runtime.cudaGetDevice()) if self._several else self.index
+        if before != self.index:
+            self.use()
+        try:
+            yield
+        finally:
+            if before != self.index:
+                self.runtime.cudaSetDevice(before)
 
     @property
     def several(self) -> bool:
@@ -205,13 +214,14 @@ class MemoryPool:
     def take_back(self, pointer: int, readers: set[int] | None) -> None:
         """Frees it once the default stream and these streams have reached this point."""
         runtime = self.cuda.runtime
-        for stream in readers or ():
-            event = self.cuda.event()
-            if int(runtime.cudaEventRecord(event.handle, stream)[0]):
-                runtime.cudaDeviceSynchronize()  # that stream is gone; its work may not be
-            else:
-                runtime.cudaStreamWaitEvent(LEGACY_STREAM, event.handle, 0)
-        runtime.cudaFreeAsync(pointer, LEGACY_STREAM)
+        with self.cuda.current():
+            for stream in readers or ():
+                event = self.cuda.event()
+                if int(runtime.cudaEventRecord(event.handle, stream)[0]):
+                    runtime.cudaDeviceSynchronize()  # that stream is gone; its work may not be
+                else:
+                    runtime.cudaStreamWaitEvent(LEGACY_STREAM, event.handle, 0)
+            runtime.cudaFreeAsync(pointer, LEGACY_STREAM)
         with self._lock:
             self._out -= 1
             if self._closed and not self._out:
@@ -229,8 +239,15 @@ class MemoryPool:
                 self._destroy()
 
     def _destroy(self) -> None:
-        self.cuda.runtime.cudaStreamSynchronize(LEGACY_STREAM)
-        self.cuda.runtime.cudaMemPoolDestroy(self.handle)
+        with self.cuda.current():
+            self.cuda.runtime.cudaStreamSynchronize(LEGACY_STREAM)
+            self.cuda.runtime.cudaMemPoolDestroy(self.handle)
+
+    def __del__(self) -> None:
+        # Of an engine that nobody closed. Not weakref.finalize: among garbage it would come before
+        # the arrays' own end.
+        with contextlib.suppress(Exception):
+            self.close()
 
 
 class PoolMemory:
@@ -265,12 +282,16 @@ class Graph(_Handle):
         runtime = cuda.runtime
         # Relaxed would let a mistake pass; global would forbid other threads their allocations.
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        check(runtime.cudaStreamBeginCapture(stream.handle, mode))
         try:
+            check(runtime.cudaStreamBeginCapture(stream.handle, mode))
             enqueue()
-        finally:
-            result = runtime.cudaStreamEndCapture(stream.handle)
-        graph = check(result)
+            graph = check(runtime.cudaStreamEndCapture(stream.handle))
+        except BaseException:
+            status, graph = runtime.cudaStreamEndCapture(stream.handle)
+            if not int(status):
+                runtime.cudaGraphDestroy(graph)
+            runtime.cudaGetLastError()  # or TensorRT takes it for its own
+            raise
         try:
             executable = check(runtime.cudaGraphInstantiate(graph, 0))
         finally:

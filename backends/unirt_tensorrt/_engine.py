@@ -204,8 +204,9 @@ class TensorRTEngine(Engine):
         trt, native, options = self.library.module, self.native, self.settings
         self.captures = options.cuda_graphs in ("auto", "capture")
         self.captures_ranges = options.cuda_graphs == "capture"
-        if options.specialization == "lazy":
-            self.captures = False  # kernels are exchanged behind a graph's back
+        if options.specialization == "lazy" or options.weight_streaming:
+            # Kernels are exchanged behind a graph's back; streaming weights synchronizes.
+            self.captures = False
         if not hasattr(native, "create_runtime_config"):
             return None, None
         config = native.create_runtime_config()
@@ -331,10 +332,17 @@ class TensorRTEngine(Engine):
         contexts share: with several threads in there, or one that reads it, the process crashes.
         Whoever holds a unit must not ask for this.
         """
-        with _compiling, self._saving, contextlib.ExitStack() as units:
-            for unit in list(self._units):
-                units.enter_context(unit.lock)
-            yield
+        with _compiling, self._saving:
+            held = []
+            try:
+                for unit in list(self._units):
+                    held.append(unit.lock)  # before: a Ctrl-C may come right after
+                    unit.lock.acquire()
+                yield
+            finally:
+                for lock in reversed(held):
+                    with contextlib.suppress(RuntimeError):  # not acquired
+                        lock.release()
 
     def save_runtime_cache(self) -> None:
         if self._store is None or self._runtime_cache is None:
@@ -401,9 +409,9 @@ class TensorRTEngine(Engine):
     def _close(self) -> None:
         if self.ahead:
             return
-        self.save_runtime_cache()
         if self.shared_unit is not None:
             self.shared_unit.close()
+        self.save_runtime_cache()
         self.arrays.close()
         # In this order: contexts are gone with their lanes, and an engine needs its runtime.
         del self._config, self._plain_config, self._runtime_cache

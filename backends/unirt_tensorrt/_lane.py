@@ -128,7 +128,7 @@ class Lane:
         back = [(outputs[slot.tensor.name], slot.view) for slot in fetched]
         stream, handle, wait = self.stream, self.stream.handle, self._cuda.wait
         record, stream_waits = self._cuda.record, self._cuda.stream_waits
-        fence, waits = self._fence.handle, any(name in inputs for name in device)
+        fence, waits = self._fence.handle, bool(device)
         several, use = self._several, self._cuda.use
 
         def launch() -> None:
@@ -137,17 +137,21 @@ class Lane:
         def step() -> None:
             if several:
                 use()
-            for slot in staged:
-                upload_one(self._into, slot, inputs[slot.tensor.name], stream)
-            if waits:
-                record(fence, LEGACY_STREAM)
-                stream_waits(handle, fence, 0)
-            launch()
-            for slot in fetched:
-                self._back.copy(slot.offset, slot.nbytes, stream)
-            status = wait(handle)
-            if int(status[0]):
-                check(status)
+            try:
+                for slot in staged:
+                    upload_one(self._into, slot, inputs[slot.tensor.name], stream)
+                if waits:
+                    record(fence, LEGACY_STREAM)
+                    stream_waits(handle, fence, 0)
+                launch()
+                for slot in fetched:
+                    self._back.copy(slot.offset, slot.nbytes, stream)
+                status = wait(handle)
+                if int(status[0]):
+                    check(status)
+            except BaseException:
+                self._recover(prepared)
+                raise
             for buffer, view in back:
                 buffer[...] = view
 
@@ -180,7 +184,7 @@ class Lane:
         prepared, profiler = self._prepare(inputs), Profiler()
         prepared.context.native.profiler = profiler
         for _ in range(PROFILE_RUNS):
-            with self._unit.lock:
+            with self._engine.still():
                 self._enqueue(prepared, prepared.staged)
             self.stream.synchronize()
         return [(name, statistics.median(values)) for name, values in times.items()]
@@ -205,7 +209,8 @@ class Lane:
             self.stream.synchronize()
         self._unit.leave(self.stream)
         self._spare = None
-        self._prepared.clear()
+        with self._engine.still():
+            self._prepared.clear()
         for part in (self._into, self._back, self._fence, self.stream):
             part.close()
 
@@ -216,7 +221,7 @@ class Lane:
         if self._shape_inputs:
             key = (
                 tuple(inputs[name].shape for name in self._names),
-                tuple(np.asarray(inputs[name]).tobytes() for name in self._shape_inputs),
+                tuple(_on_host(inputs[name]).tobytes() for name in self._shape_inputs),
             )
         elif len(self._names) == 1:
             key = inputs[self._names[0]].shape
@@ -224,9 +229,9 @@ class Lane:
             key = tuple([inputs[name].shape for name in self._names])
         prepared = self._prepared.get(key)
         if prepared is None:
-            if len(self._prepared) >= SHAPES:
-                self._prepared.clear()
             with self._engine.still():
+                if len(self._prepared) >= SHAPES:
+                    self._prepared.clear()
                 prepared = self._new_prepared(inputs, key)
             self._prepared[key] = prepared
         return prepared
@@ -234,20 +239,19 @@ class Lane:
     def _new_prepared(self, inputs: Mapping[str, Any], key: object) -> Prepared:
         engine = self._engine
         shapes: dict[str, Shape] = {name: tuple(inputs[name].shape) for name in self._names}
-        values = {
-            name: np.ascontiguousarray(inputs[name]).reshape(shapes[name])
-            for name in self._shape_inputs
-        }
+        # Copies: TensorRT reads them with every call, and the caller's may have changed by then.
+        values = {name: np.array(_on_host(inputs[name]), order="C") for name in self._shape_inputs}
         profile = engine.choose(shapes, values)
         alone = engine.captures_ranges and not values
         context, capturable = self._unit.context(profile, self.stream, alone=alone)
+        self._unit.settle()  # it may still compute, for other shapes
         native, context.key = context.native, None
         with engine.library.capture() as messages:
             for name, shape in shapes.items():
                 if not native.set_input_shape(name, shape):
                     raise engine.refused(shapes, messages)
             for name, value in values.items():
-                context.place(name, value.ctypes.data)
+                context.place(name, value.ctypes.data, anew=True)
             missing = native.infer_shapes()
         if missing:
             raise engine.refused(shapes, messages)
@@ -261,10 +265,14 @@ class Lane:
         )
         inputs_, in_bytes = slots_for(taken, shapes)
         outputs, out_bytes = slots_for([t for t in given if t not in open_outputs], found)
-        moved = self._into.reserve(in_bytes, self.stream)
-        if self._back.reserve(out_bytes, self.stream) or moved:
-            self._prepared.clear()
-            self._spare = None
+        try:
+            moved = self._into.reserve(in_bytes, self.stream)
+            moved = self._back.reserve(out_bytes, self.stream) or moved
+        except BaseException:
+            self._forget()  # it may be freed without having come back
+            raise
+        if moved:
+            self._forget()
         self._into.lay_out(inputs_)
         self._back.lay_out(outputs)
         on_host = any(slot.tensor.on_host for slot in outputs)
@@ -283,6 +291,11 @@ class Lane:
             tuple(slot.pointer for slot in (*inputs_, *outputs)),
         )
 
+    def _forget(self) -> None:
+        """Voids all that was laid out in the staging memory."""
+        self._prepared.clear()
+        self._spare = None
+
     # Steps on the stream
 
     def _launch(self, prepared: Prepared, addresses: Addresses) -> bool:
@@ -290,9 +303,9 @@ class Lane:
         unit, stream = self._unit, self.stream
         with self._turn(prepared):
             unit.order(stream)
-            if prepared.moves != unit.moves:
-                prepared.graphs.clear()
-            graph = prepared.graphs.get(addresses)
+            graph = None
+            if prepared.moves == unit.moves:
+                graph = prepared.graphs.get(addresses)
             if graph is not None:
                 graph.launch(stream)
                 return True
@@ -303,10 +316,16 @@ class Lane:
         """The unit for this call alone; all of the engine's where kernels may be compiled."""
         return self._unit.lock if prepared.ran else self._engine.still()
 
+    def _activate(self, prepared: Prepared) -> None:
+        """Readies the unit for these shapes, and drops graphs of where its memory was before."""
+        self._unit.activate(prepared)
+        if prepared.moves != self._unit.moves:
+            prepared.graphs.clear()
+            prepared.moves = self._unit.moves
+
     def _enqueue(self, prepared: Prepared, addresses: Addresses) -> None:
         context = prepared.context
-        self._unit.activate(prepared)
-        prepared.moves = self._unit.moves
+        self._activate(prepared)
         for slot, pointer in zip((*prepared.inputs, *prepared.outputs), addresses, strict=True):
             context.place(slot.tensor.name, pointer)
         if not context.native.execute_async_v3(self.stream.number):
@@ -333,16 +352,24 @@ class Lane:
     def _capture(self, prepared: Prepared, addresses: Addresses) -> Graph | None:
         """The computing of one call as a graph; None where it cannot be one."""
         with self._unit.lock:
-            ask = getattr(prepared.context.native, "is_stream_capturable", None)
-            if self._refusals >= 3 or (ask is not None and not ask(self.stream.number)):
+            if self._refusals >= 3:
                 return None
             try:
+                # Before the capture, in which nothing may be allocated or waited for.
+                self._unit.order(self.stream)
+                self._activate(prepared)
+                ask = getattr(prepared.context.native, "is_stream_capturable", None)
+                if ask is not None and not ask(self.stream.number):
+                    return None
                 return Graph(self._cuda, self.stream, lambda: self._enqueue(prepared, addresses))
             except Exception as error:  # noqa: BLE001 - what cannot be captured runs uncaptured
                 log.info("not captured into a CUDA graph: %s", error)
                 self._refusals += 1
                 self._recover(prepared)
                 return None
+            except BaseException:
+                self._recover(prepared)
+                raise
 
     def _fetch(self, prepared: Prepared) -> None:
         if not any(slot.tensor.on_host for slot in prepared.outputs):
@@ -357,7 +384,7 @@ class Lane:
         with contextlib.suppress(Exception):
             self.stream.synchronize()
         with self._unit.lock:
-            prepared.context.key = None
+            prepared.context.distrust()
 
     # Arrays on the device
 
@@ -375,8 +402,8 @@ class Lane:
                 upload_one(self._into, slot, value, self.stream)
                 places.append(slot.pointer)
                 continue
-            if not waited and type(value.owner) is not PoolMemory:
-                # Whoever made it has ordered that before the default stream.
+            if not waited and (value.lent or type(value.owner) is not PoolMemory):
+                # Whoever made it, or writes into it, has ordered that before the default stream.
                 self._cuda.record(self._fence.handle, LEGACY_STREAM)
                 check(self._cuda.stream_waits(self.stream.handle, self._fence.handle, 0))
                 waited = True
@@ -453,3 +480,8 @@ class Lane:
             self._recover(prepared)
             raise
         return {name: outputs[name] for name in self._engine.output_names}
+
+
+def _on_host(value: Any) -> Any:
+    """A shape input, which TensorRT reads on the CPU."""
+    return value.numpy() if isinstance(value, DeviceArray) else np.asarray(value)

@@ -98,4 +98,6 @@ class TensorRTSession(Session):
         for unit in self._units:
             if not unit.is_shared:
                 unit.close()
-        self._native.save_runtime_cache()
+        if self._native.settings.specialization != "lazy":
+            # Lazy kernels may still come for other sessions; closing the engine saves them.
+            self._native.save_runtime_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,24 +26,32 @@ class Context:
     def __init__(self, engine: TensorRTEngine, profile: int, stream: Stream, plain: bool) -> None:
         self.native = engine.new_context(plain=plain)
         self.key: object = None
+        self.needs = 0
+        """Bytes of scratch memory for the shapes it has."""
         self._addresses: dict[str, int] = {}
-        self._scratch = 0
+        self._scratch = (0, 0)
         if profile and not self.native.set_optimization_profile_async(profile, stream.number):
             raise RuntimeError(f"TensorRT did not switch to profile {profile}")
         stream.synchronize()
 
-    def place(self, name: str, pointer: int) -> None:
-        """Has the engine find a tensor at `pointer`."""
-        if self._addresses.get(name) != pointer:
+    def place(self, name: str, pointer: int, *, anew: bool = False) -> None:
+        """Has the engine find a tensor at `pointer`; `anew` where its content is another."""
+        if anew or self._addresses.get(name) != pointer:
             if not self.native.set_tensor_address(name, pointer):
                 raise RuntimeError(f"TensorRT did not take the address of {name!r}")
             self._addresses[name] = pointer
 
     def compute_in(self, memory: DeviceMemory, *, anew: bool) -> None:
         """Has the engine compute there; `anew` where it has to be told again."""
-        if anew or self._scratch != memory.pointer:
-            self.native.set_device_memory(memory.pointer, memory.size)
-            self._scratch = memory.pointer
+        place = (memory.pointer, memory.size)
+        if anew or self._scratch != place:
+            self.native.set_device_memory(*place)
+            self._scratch = place
+
+    def distrust(self) -> None:
+        """Has everything told again: a call broke off somewhere."""
+        self.key = None
+        self._addresses.clear()
 
 
 @dataclass(eq=False)
@@ -88,7 +97,7 @@ class Unit:
         self.moves = 0
         """How often the scratch memory has moved."""
         self._contexts: dict[int, Context] = {}
-        self._own = 0
+        self._own: weakref.WeakSet[Context] = weakref.WeakSet()
         self._memory: DeviceMemory | None = None
         self._last: Stream | None = None
         self._before: Stream | None = None
@@ -108,6 +117,11 @@ class Unit:
                 check(cuda.stream_waits(stream.handle, self._fence.handle, 0))
             self._last = stream
 
+    def settle(self) -> None:
+        """Waits for all that was enqueued."""
+        if self._last is not None:
+            self._last.synchronize()  # which comes after the streams before it
+
     def leave(self, stream: Stream) -> None:
         """The stream, which has nothing left to do, will not come again."""
         with self.lock:
@@ -121,9 +135,10 @@ class Unit:
         long as its context meets no other shapes. `alone` asks for one of its own within a range.
         """
         static = self._engine.is_static(profile)
-        if alone and not static and self._own < OWN_CONTEXTS:
-            self._own += 1
-            return Context(self._engine, profile, stream, self._plain), True
+        if alone and not static and len(self._own) < OWN_CONTEXTS:
+            own = Context(self._engine, profile, stream, self._plain)
+            self._own.add(own)
+            return own, True
         if profile not in self._contexts:
             self._contexts[profile] = Context(self._engine, profile, stream, self._plain)
         return self._contexts[profile], static
@@ -140,23 +155,25 @@ class Unit:
                 if not context.native.set_input_shape(name, shape):
                     raise self._engine.refused(prepared.shapes, [])
         for name, value in prepared.values.items():
-            context.place(name, value.ctypes.data)
+            context.place(name, value.ctypes.data, anew=changed)
         if changed:
             # Asking also lays the memory out for these shapes: needed each time they change.
-            size = self._engine.scratch_size(context.native, prepared.profile)
-            if self._memory is None or self._memory.size < size:
-                if self._memory is not None:
-                    self._memory.close()  # waits for the device
-                    self._memory = None
-                room = max(aligned(size), ALIGNMENT)
-                self._memory = DeviceMemory(self._engine.cuda, room)
-                self.moves += 1
-        assert self._memory is not None
-        context.compute_in(self._memory, anew=changed)
+            context.needs = self._engine.scratch_size(context.native, prepared.profile)
+        # Also where nothing changed: growing it for others may have failed, after it was freed.
+        memory = self._memory
+        if memory is None or memory.size < context.needs:
+            self.moves += 1
+            self._memory = None
+            if memory is not None:
+                memory.close()  # waits for the device
+            room = max(aligned(context.needs), ALIGNMENT)
+            memory = self._memory = DeviceMemory(self._engine.cuda, room)
+        context.compute_in(memory, anew=changed)
         context.key = prepared.key
 
     def close(self) -> None:
-        self._contexts.clear()
+        with self._engine.still():
+            self._contexts.clear()
         for part in (self._memory, self._fence):
             if part is not None:
                 part.close()
