@@ -159,7 +159,7 @@ def _convert(value: object, hint: Any, name: str, owner: str) -> object:
         if not isinstance(value, str) and number != value:
             raise refused
         return number
-    if hint is Path and isinstance(value, str | Path):
+    if hint is Path and isinstance(value, str | Path) and value != "":
         try:
             return Path(value).expanduser()
         except RuntimeError:  # ~somebody, who has no home here

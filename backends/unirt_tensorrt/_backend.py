@@ -11,6 +11,7 @@ from unirt import (
     Availability,
     Backend,
     BackendUnavailable,
+    BuildError,
     BuildRequest,
     Device,
     Engine,
@@ -84,6 +85,7 @@ class TensorRTBackend(Backend):
         self, file: ModelFile, device: Device, options: TensorRTOptions, request: BuildRequest
     ) -> Engine:
         library = _library.load()
+        _check_ranks(file)
         ahead = device.kind != "cuda"
         check(options, library, None if ahead else device)
         store = _cache.PlanStore(options.cache) if options.cache else None
@@ -96,6 +98,11 @@ class TensorRTBackend(Backend):
             return TensorRTEngine(library, file, device, options, compiled, runtime)
         engine = self._build(library, file, device, options, request, store, runtime)
         if store:
+            try:
+                file.verify()  # or the plan of other bytes would answer for these from now on
+            except BaseException:
+                engine._close()
+                raise
             store.store(key, engine._compiled, library)
         return engine
 
@@ -207,6 +214,19 @@ class TensorRTBackend(Backend):
                 }
             )
         return best
+
+
+def _check_ranks(file: ModelFile) -> None:
+    for spec in file.inputs:
+        if spec.kind == "tensor" and spec.shape is None:
+            raise BuildError(
+                f"tensorrt cannot build a model whose input {spec.name!r} has no rank.",
+                "The model does not say how many dimensions it has, and TensorRT would take it for "
+                "a scalar.",
+                "Export the model with its shapes, or name another candidate, such as onnxruntime.",
+                backend="tensorrt",
+                input=spec.name,
+            )
 
 
 def _multiplies_floats(model: Any) -> bool:

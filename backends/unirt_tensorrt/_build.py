@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import traceback
@@ -257,13 +258,15 @@ class _Worker:
         for name, size in pool_limits(options).items():
             pool = getattr(trt.MemoryPoolType, name, None)
             if pool is not None:
-                config.set_memory_pool_limit(pool, size)
+                with contextlib.suppress(TypeError, RuntimeError):  # no such number; seen below
+                    config.set_memory_pool_limit(pool, size)
             if pool is None or config.get_memory_pool_limit(pool) != size:
                 raise self._option_refused("workspace" if name == "WORKSPACE" else "memory_pools")
         for member, option, value in self._members():
             if not hasattr(config, member):
                 raise self._option_refused(option)
-            setattr(config, member, value)
+            with contextlib.suppress(TypeError, RuntimeError):
+                setattr(config, member, value)
             if getattr(config, member) != value:
                 raise self._option_refused(option)
         chosen = capabilities(options, self.library)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("unirt.tensorrt")
 
 LOCK_SECONDS = 60.0
-FORMAT = 2
+FORMAT = 3
 
 
 def key_of(parts: Mapping[str, object]) -> str:
@@ -51,10 +51,10 @@ class PlanStore:
     def load(self, key: str, library: Library) -> Compiled | None:
         """What was stored under this key; None if nothing, or nothing that can be trusted."""
         path = self.path(key)
-        if not path.exists():
-            return None
         try:
             return read_plan(path, library, cached=True)
+        except FileNotFoundError:
+            return None
         except (OSError, ModelError) as error:
             log.warning("%s is not used: %s", path, error)
             return None
@@ -103,7 +103,7 @@ class RuntimeStore:
 
 def write_plan(path: Path, compiled: Compiled, library: Library) -> None:
     """The plan and, beside it, what it is. Raises OSError."""
-    about = {
+    about: dict[str, object] = {
         "format": FORMAT,
         "flavour": library.flavour,
         "version": library.version,
@@ -115,6 +115,7 @@ def write_plan(path: Path, compiled: Compiled, library: Library) -> None:
         "builds": dict(compiled.builds) if compiled.builds else None,
         "notes": list(compiled.notes),
     }
+    about["digest"] = _digest(about)
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, compiled.blob)
     _replace(beside(path), json.dumps(about).encode())
@@ -161,11 +162,18 @@ def read_about(path: Path) -> dict[str, Any]:
     """What `write_plan` wrote beside a plan. Raises ModelError, OSError."""
     try:
         about = json.loads(beside(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"Its description is damaged: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise _damaged(path, "Its description is of another format")
+    if about.pop("digest", None) != _digest(about):
+        raise _damaged(path, "Its description is not what was written")
     return about
+
+
+def _digest(about: Mapping[str, object]) -> str:
+    """Over the description itself; what is kept beside a plan is as much input as the plan."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def beside(path: Path) -> Path:

@@ -229,8 +229,14 @@ def _layout(text: str) -> str:
 
 def _nodes(metadata: str, graph: Mapping[str, str]) -> tuple[str, ...]:
     """The nodes that metadata lists, in the graph's order, each once."""
-    names = {_node(_NODE_END.sub("", item)): None for item in metadata.split(NODE)[1:]}
-    return _ordered(names, graph)
+    names = [_node(_NODE_END.sub("", item)) for item in metadata.split(NODE)[1:]]
+    return _ordered(dict.fromkeys(_known(name, graph) for name in names), graph)
+
+
+def _known(name: str, graph: Mapping[str, str]) -> str:
+    """RTX puts words behind the bracket where it made one operator of another."""
+    before = name.rpartition("]")[0]
+    return before if name not in graph and before in graph else name
 
 
 def _node(text: str) -> str:

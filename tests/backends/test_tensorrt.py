@@ -107,10 +107,54 @@ def test_a_damaged_plan_in_the_cache_is_built_again(tmp_path: Path) -> None:
             assert engine.plan == good  # type: ignore[attr-defined]
         assert plan.read_bytes() == good
     about = plan.with_name(f"{plan.name}.json")
-    for text in ("", "{", "[]", json.dumps({"format": 1})):
+    altered = json.dumps({**json.loads(about.read_text()), "profiles": []})
+    for text in ("", "{", "[]", "[" * 100_000, json.dumps({"format": 1}), altered):
         about.write_text(text)
         with _ahead(options={"cache": tmp_path}) as engine:
             assert not engine.facts["cached"]
+
+
+def test_a_model_that_changes_while_it_is_built_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="the onnx package writes the model")
+    from onnx import helper, numpy_helper
+
+    weights = np.ones((64, 64), np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", 1, [1, 64])],
+        [helper.make_tensor_value_info("y", 1, [1, 64])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path, beside, cache = tmp_path / "m.onnx", tmp_path / "w.bin", tmp_path / "cache"
+    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    changed: list[object] = []
+
+    def change(step: object) -> None:
+        if not changed:
+            changed.append(step)
+            beside.write_bytes((2 * weights).tobytes())
+
+    with pytest.raises(unirt.ModelError, match="changed"):
+        unirt.build(path, "tensorrt@aot", options={"cache": cache}, progress=change)
+    assert changed
+    assert not list(cache.glob("*.plan"))
+
+
+def test_an_input_without_a_rank_is_refused() -> None:
+    pytest.importorskip("onnx", reason="the onnx package writes the model")
+    from onnx import helper
+
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", 1, None)],
+        [helper.make_tensor_value_info("y", 1, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with pytest.raises(unirt.BuildError, match="no rank"):
+        unirt.build(model, "tensorrt@aot")
 
 
 def test_a_machine_without_a_gpu_says_so_and_what_it_can_do() -> None:
