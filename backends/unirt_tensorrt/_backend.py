@@ -21,7 +21,7 @@ from unirt import (
 )
 from unirt_tensorrt import _build, _cache, _graph, _layers, _library
 from unirt_tensorrt._cuda import Cuda
-from unirt_tensorrt._engine import Compiled, TensorRTEngine, inspect_plan
+from unirt_tensorrt._engine import TensorRTEngine, inspect_plan
 from unirt_tensorrt._options import TensorRTOptions, check
 
 log = logging.getLogger("unirt.tensorrt")
@@ -103,7 +103,7 @@ class TensorRTBackend(Backend):
             except BaseException:
                 engine._close()
                 raise
-            store.store(key, engine._compiled, library)
+            engine.store(key, store)
         return engine
 
     def _inspect_file(self, path: Path) -> EngineReport:
@@ -182,7 +182,7 @@ class TensorRTBackend(Backend):
                 continue  # nothing to measure again
             blobs.append(plan.blob)
             report = _layers.from_builder_log(plan.log, nodes)
-            compiled = Compiled(
+            compiled = _cache.Compiled(
                 plan.blob,
                 plan.profiles,
                 report,

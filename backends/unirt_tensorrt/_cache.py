@@ -13,20 +13,36 @@ import logging
 import platform
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unirt import EngineReport, ModelError, ShapeProfile
 from unirt_tensorrt._library import Library
-
-if TYPE_CHECKING:
-    from unirt_tensorrt._engine import Compiled
 
 log = logging.getLogger("unirt.tensorrt")
 
 LOCK_SECONDS = 60.0
 FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A plan and what is known of it: made by the builder just now, or found in the cache.
+
+    `report` is the builder's own account of the layers; `repairs` and `warnings` are sentences for
+    the user; `builds` tells of each build, where several competed.
+    """
+
+    blob: bytes
+    profiles: tuple[ShapeProfile, ...]
+    report: EngineReport | None
+    repairs: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    builds: Mapping[str, object] | None = None
+    cached: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def key_of(parts: Mapping[str, object]) -> str:
@@ -125,8 +141,6 @@ def read_plan(path: Path, library: Library | None = None, *, cached: bool = Fals
     """A plan that `write_plan` wrote. Raises ModelError where the two files do not belong together
     or are damaged, OSError where they cannot be read.
     """
-    from unirt_tensorrt._engine import Compiled
-
     blob, about = path.read_bytes(), read_about(path)
     if hashlib.sha256(blob).hexdigest() != about.get("sha256"):
         raise _damaged(path, "Its bytes are not those it was written with")

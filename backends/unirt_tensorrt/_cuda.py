@@ -10,6 +10,7 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ LEGACY_STREAM = 1
 
 ALIGNMENT = 256
 """What TensorRT asks of scratch memory and cudaMalloc gives."""
+
+
+_UNSWITCHED = contextlib.nullcontext()
 
 
 class CudaError(RuntimeError):
@@ -70,30 +74,35 @@ class Cuda:
         self.record = runtime.cudaEventRecord
         self.stream_waits = runtime.cudaStreamWaitEvent
         count = check(runtime.cudaGetDeviceCount())
-        self._several = int(count) > 1
-        self.use()
-        check(runtime.cudaFree(0))  # makes the context, so that a later failure is no surprise
+        self.several = int(count) > 1
+        with self.current():
+            # Makes the context, so that a later failure is no surprise.
+            check(runtime.cudaFree(0))
 
     def use(self) -> None:
         """Makes the device current for this thread."""
         check(self.runtime.cudaSetDevice(self.index))
 
+    def current(self) -> AbstractContextManager[None]:
+        """Makes it so for a moment: threads are the caller's, and so is what they have current."""
+        return self._switched() if self.several else _UNSWITCHED
+
     @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
-        """Makes it so for a moment: for what dies in anybody's thread."""
-        before = check(self.runtime.cudaGetDevice()) if self._several else self.index
-        if before != self.index:
-            self.use()
+    def _switched(self) -> Iterator[None]:
+        before = int(check(self.runtime.cudaGetDevice()))
+        if before == self.index:
+            yield
+            return
+        self.use()
         try:
             yield
         finally:
-            if before != self.index:
-                self.runtime.cudaSetDevice(before)
+            self.runtime.cudaSetDevice(before)
 
-    @property
-    def several(self) -> bool:
-        """Whether threads may have another device current."""
-        return self._several
+    def device_of(self, pointer: int) -> int:
+        """The device whose memory an address is in; -1 for what CUDA does not know."""
+        status, found = self.runtime.cudaPointerGetAttributes(pointer)
+        return -1 if int(status) else int(found.device)
 
     def stream(self) -> Stream:
         return Stream(self)

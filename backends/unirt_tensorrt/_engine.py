@@ -1,89 +1,32 @@
-"""An engine: a plan, deserialized where there is a GPU, and what all its sessions share."""
+"""An engine: a plan and what is known of it, opened on a GPU where there is one."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-import threading
-import time
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from unirt import (
     BackendUnavailable,
-    BuildError,
     Device,
     Engine,
     EngineReport,
-    InputError,
     ModelFile,
     Session,
-    ShapeProfile,
-    TensorSpec,
 )
-from unirt_tensorrt import _cache, _layers
-from unirt_tensorrt._cuda import Cuda, DeviceMemory, aligned, check
+from unirt_tensorrt import _layers
+from unirt_tensorrt._cache import Compiled, PlanStore, RuntimeStore, write_plan
+from unirt_tensorrt._cuda import Cuda
 from unirt_tensorrt._lane import Lane
-from unirt_tensorrt._library import ERROR, WARNING, Library, Message
+from unirt_tensorrt._library import Library
 from unirt_tensorrt._options import TensorRTOptions
+from unirt_tensorrt._runtime import Runtime, layers_of, only_dynamic, open_plan
 from unirt_tensorrt._session import TensorRTSession
-from unirt_tensorrt._staging import Shape, Tensor
 from unirt_tensorrt._unit import Unit
-
-log = logging.getLogger("unirt.tensorrt")
-
-_compiling = threading.RLock()
-
-SAVE_SECONDS = 5.0
-"""How seldom the runtime cache is saved while new shapes keep coming; closing saves the rest."""
-
-# trt.DataType -> UniRT's name. Four-bit types never cross the border of an engine.
-DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "BOOL": "bool",
-    "FP8": "float8_e4m3fn",
-}
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A plan and what is known of it: made by the builder just now, or found in the cache.
-
-    `report` is the builder's own account of the layers; `repairs` and `warnings` are sentences for
-    the user; `builds` tells of each build, where several competed.
-    """
-
-    blob: bytes
-    profiles: tuple[ShapeProfile, ...]
-    report: EngineReport | None
-    repairs: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    builds: Mapping[str, object] | None = None
-    cached: bool = False
-    notes: tuple[str, ...] = ()
 
 
 class TensorRTEngine(Engine):
-    """Thread-safe: contexts are made under a lock, and everything else is read-only."""
-
-    engine_graphs = False
-    """Whether contexts capture and replay CUDA graphs by themselves."""
-    captures = False
-    """Whether lanes do it for them, where a context meets one set of shapes only."""
-    captures_ranges = False
-    """Whether they also do it for shapes within a range, each in a context of its own."""
+    """Thread-safe. One built ahead of time has no runtime and opens no sessions."""
 
     def __init__(
         self,
@@ -92,22 +35,18 @@ class TensorRTEngine(Engine):
         device: Device,
         options: TensorRTOptions,
         compiled: Compiled,
-        store: _cache.RuntimeStore | None,
+        store: RuntimeStore | None,
     ) -> None:
-        self.library, self.settings = library, options
-        self._compiled = compiled
-        self._store = store
-        self._making = threading.Lock()
-        self.turns = threading.RLock()
-        self._saving = threading.RLock()
-        self._saved = -SAVE_SECONDS
-        self._units: weakref.WeakSet[Unit] = weakref.WeakSet()
-        self.ahead = device.kind != "cuda"
+        self._library, self._options, self._compiled = library, options, compiled
         self._facts, self._notes = _facts(library, options, compiled), compiled.notes
-        if self.ahead:
-            return
-        self.cuda = Cuda(device.index or 0)
-        self._open(file)
+        self._runtime: Runtime | None = None
+        self._shared: Unit | None = None
+        if device.kind == "cuda":
+            cuda = Cuda(device.index or 0)
+            with cuda.current():
+                self._runtime = Runtime(library, cuda, file, options, compiled.blob, store)
+                if options.share_memory:
+                    self._shared = Unit(self._runtime, shared=True)
 
     @property
     def plan(self) -> bytes:
@@ -117,245 +56,26 @@ class TensorRTEngine(Engine):
     def tell_builds(self, builds: Mapping[str, object]) -> None:
         """Keeps how several builds compared."""
         self._compiled = dataclasses.replace(self._compiled, builds=builds)
-        self._facts = _facts(self.library, self.settings, self._compiled)
+        self._facts = _facts(self._library, self._options, self._compiled)
 
-    # What sessions share
+    def store(self, key: str, plans: PlanStore) -> None:
+        """Keeps the plan in a cache."""
+        plans.store(key, self._compiled, self._library)
 
-    def _open(self, file: ModelFile) -> None:
-        trt = self.library.module
-        with self.library.capture() as messages:
-            self._runtime = trt.Runtime(self.library.logger)
-            self.native = self._runtime.deserialize_cuda_engine(self._compiled.blob)
-        if self.native is None:
-            raise BuildError(
-                f"{self.library.flavour} {self.library.version} cannot load this engine.",
-                _told(messages) or "It gave no reason.",
-                "Build it on this machine with this version, or try another candidate.",
-                backend="tensorrt",
-                log=[message.text for message in messages if message.severity <= ERROR],
-            )
-        self.tensors = self._read_tensors(file)
-        self.output_names = [tensor.name for tensor in self.tensors if not tensor.is_input]
-        self.data_dependent: frozenset[str] = frozenset()
-        self._set_weight_budget()
-        self._config, self._runtime_cache = self._runtime_config(plain=False)
-        self._plain_config, _ = self._runtime_config(plain=True)
-        self._ranges = self._read_ranges()
-        # The tightest profile that fits a call is the first one here.
-        self._by_spread = sorted(
-            range(len(self._ranges)), key=lambda index: self._ranges[index].spread
-        )
-        self.arrays = self.cuda.pool()
-        self.shared_unit = Unit(self, shared=True) if self.settings.share_memory else None
-
-    def _read_tensors(self, file: ModelFile) -> tuple[Tensor, ...]:
-        trt, native = self.library.module, self.native
-        specs = {spec.name: spec for spec in (*file.inputs, *file.outputs)}
-        tensors = []
-        for index in range(native.num_io_tensors):
-            name = native.get_tensor_name(index)
-            kind = native.get_tensor_dtype(name).name
-            dtype = DTYPES.get(kind)
-            declared = specs[name].dtype if name in specs else dtype
-            if dtype is None or declared not in (dtype, "undefined"):
-                raise BuildError(
-                    f"TensorRT has no {declared} for {name!r}.",
-                    f"It would use {dtype or kind} there without a word.",
-                    f"Cast {name!r} inside the model, or use another engine such as onnxruntime.",
-                    backend="tensorrt",
-                    name=name,
-                )
-            tensors.append(
-                Tensor(
-                    name,
-                    native.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
-                    dtype,
-                    TensorSpec(name, dtype, ()).numpy_dtype,
-                    native.get_tensor_location(name) == trt.TensorLocation.HOST,
-                )
-            )
-        # Callers' names stand in the model's own order.
-        order = {name: position for position, name in enumerate(specs)}
-        return tuple(sorted(tensors, key=lambda tensor: order.get(tensor.name, len(order))))
-
-    def _read_ranges(self) -> tuple[ShapeProfile, ...]:
-        native = self.native
-        found = []
-        for index in range(native.num_optimization_profiles):
-            shapes, values = {}, {}
-            for tensor in self.tensors:
-                if not tensor.is_input:
-                    continue
-                bounds = native.get_tensor_profile_shape(tensor.name, index)
-                shapes[tensor.name] = tuple(tuple(shape) for shape in bounds)
-                if tensor.on_host:
-                    # By position: the binding calls its two parameters by each other's name.
-                    limits = native.get_tensor_profile_values(index, tensor.name)
-                    if limits and all(len(one) for one in limits):
-                        values[tensor.name] = tuple(tuple(one) for one in limits)
-            found.append(ShapeProfile(shapes, values))
-        return tuple(found)
-
-    def _runtime_config(self, *, plain: bool) -> tuple[Any, Any]:
-        """How contexts are made, and the kernels compiled for this GPU so far (RTX only).
-
-        `plain` contexts run without the engine's own CUDA graphs, so that layers can be timed.
-        """
-        trt, native, options = self.library.module, self.native, self.settings
-        self.captures = options.cuda_graphs in ("auto", "capture")
-        self.captures_ranges = options.cuda_graphs == "capture"
-        if options.specialization == "lazy" or options.weight_streaming:
-            # Kernels are exchanged behind a graph's back; streaming weights synchronizes.
-            self.captures = False
-        if not hasattr(native, "create_runtime_config"):
-            return None, None
-        config = native.create_runtime_config()
-        config.set_execution_context_allocation_strategy(
-            trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
-        if hasattr(config, "cuda_graph_strategy"):
-            whole = self.engine_graphs = options.cuda_graphs == "engine"
-            strategy = trt.CudaGraphStrategy
-            config.cuda_graph_strategy = (
-                strategy.WHOLE_GRAPH_CAPTURE if whole and not plain else strategy.DISABLED
-            )
-        name = "dynamic_shapes_kernel_specialization_strategy"
-        if hasattr(config, name):
-            # Lazily compiled kernels arrive while calls run, which doubles the time of some; the
-            # first call of a shape costs about the same either way (docs/tensorrt.md).
-            wanted = "EAGER" if options.specialization == "auto" else options.specialization.upper()
-            setattr(config, name, getattr(type(getattr(config, name)), wanted))
-        cache = None
-        if hasattr(config, "create_runtime_cache") and self._store is not None and not plain:
-            cache = config.create_runtime_cache()
-            known = self._store.load()
-            if known:
-                with self.library.capture() as messages:
-                    if not cache.deserialize(known):
-                        log.info("the runtime cache does not fit here: %s", _told(messages))
-            config.set_runtime_cache(cache)
-        elif plain and getattr(self, "_runtime_cache", None) is not None:
-            config.set_runtime_cache(self._runtime_cache)
-        return config, cache
-
-    def _set_weight_budget(self) -> None:
-        budget = self.settings.weight_streaming_budget
-        if not self.settings.weight_streaming:
-            return
-        name = "weight_streaming_budget_v2"
-        name = name if hasattr(self.native, name) else "weight_streaming_budget"
-        if budget is None:
-            automatic = getattr(self.native, "get_weight_streaming_automatic_budget", None)
-            if automatic is None:
-                return
-            setattr(self.native, name, int(automatic()))
-            return
-        setattr(self.native, name, budget << 20)
-
-    def new_context(self, *, plain: bool = False) -> Any:
-        """An execution context that computes in memory it is given. Raises RuntimeError."""
-        trt = self.library.module
-        with self._making, self.library.capture() as messages:
-            config = self._plain_config if plain else self._config
-            if config is not None:
-                context = self.native.create_execution_context(config)
-            else:
-                context = self.native.create_execution_context(
-                    trt.ExecutionContextAllocationStrategy.USER_MANAGED
-                )
-        if context is None:
-            raise RuntimeError(f"no execution context: {_told(messages) or 'no reason given'}")
-        return context
-
-    def scratch_size(self, context: Any, profile: int) -> int:
-        """Bytes that the context computes in, for the shapes it has now.
-
-        Where the engine replays graphs of its own, for the largest shapes: a graph holds addresses,
-        so this memory must never move.
-        """
-        if self.engine_graphs:
-            name = "device_memory_size_v2"
-            return int(getattr(self.native, name if hasattr(self.native, name) else name[:-3]))
-        if hasattr(context, "update_device_memory_size_for_shapes"):
-            return int(context.update_device_memory_size_for_shapes())
-        if hasattr(self.native, "get_device_memory_size_for_profile_v2"):
-            return int(self.native.get_device_memory_size_for_profile_v2(profile))
-        return int(self.native.device_memory_size)
-
-    def choose(self, shapes: Mapping[str, Shape], values: Mapping[str, Any]) -> int:
-        """The tightest profile for these inputs. Raises InputError that names every range."""
-        for index in self._by_spread:
-            profile = self._ranges[index]
-            if profile.fits(shapes) and _within(profile, values):
-                return index
-        raise self.refused(shapes, [])
-
-    def refused(self, shapes: Mapping[str, Shape], messages: Sequence[Message]) -> InputError:
-        given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        ranges = " | ".join(str(_only_dynamic(profile)) for profile in self._ranges)
-        told = _told(messages)
-        return InputError(
-            f"No profile of this engine takes {given}.",
-            f"It was built for: {ranges}.{' ' + told if told else ''}",
-            "Build it for this shape too: unirt.build(..., profiles=[...]) or hot_shapes=[...].",
-            shapes=dict(shapes),
-            profiles=self._ranges,
-        )
-
-    def is_static(self, profile: int) -> bool:
-        """Whether a profile holds one set of shapes only."""
-        return self._ranges[profile].spread == 1
-
-    def allocator_type(self) -> Any:
-        return _allocator_type(self.library.module)
-
-    # What is kept
-
-    def ran_first(self) -> None:
-        """A set of shapes ran for the first time: kernels may have been compiled for it."""
-        if self._runtime_cache is None or self.settings.specialization == "lazy":
-            return  # lazy kernels come from threads that nobody can hold
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self._saved = time.monotonic()
-            self.save_runtime_cache()
-
-    def register(self, unit: Unit) -> None:
-        """Counts a unit among those that `still` holds."""
-        with self._saving:
-            self._units.add(unit)
-
-    @contextlib.contextmanager
-    def still(self) -> Iterator[None]:
-        """No unit of this engine enqueues meanwhile, and no other engine of the process compiles.
-
-        RTX compiles kernels when a context is made and when shapes are new, into a cache that all
-        contexts share: with several threads in there, or one that reads it, the process crashes.
-        Whoever holds a unit must not ask for this.
-        """
-        with _compiling, self._saving:
-            held = []
+    def measure(self, runs: int = 30) -> float:
+        """Median seconds of device time of one run at the first profile's common shapes."""
+        runtime = self._opened()
+        with runtime.cuda.current():
+            unit = Unit(runtime)
+            lane = Lane(runtime, unit)
             try:
-                for unit in list(self._units):
-                    held.append(unit.lock)  # before: a Ctrl-C may come right after
-                    unit.lock.acquire()
-                yield
+                return lane.seconds(runtime.example(), runs)
             finally:
-                for lock in reversed(held):
-                    with contextlib.suppress(RuntimeError):  # not acquired
-                        lock.release()
+                lane.close()
+                unit.close()
 
-    def save_runtime_cache(self) -> None:
-        if self._store is None or self._runtime_cache is None:
-            return
-        try:
-            with self.still():
-                content = bytes(self._runtime_cache.serialize())
-            self._store.save(content)
-        except Exception as error:  # noqa: BLE001 - a cache that cannot be kept costs time only
-            log.warning("the runtime cache cannot be saved: %s", error)
-
-    def _new_session(self) -> Session:
-        if self.ahead:
+    def _opened(self) -> Runtime:
+        if self._runtime is None:
             raise BackendUnavailable(
                 "This engine was built ahead of time and cannot run here.",
                 "It was compiled for the device `aot`, without a GPU.",
@@ -363,81 +83,47 @@ class TensorRTEngine(Engine):
                 "NVIDIA GPU: tensorrt@cuda:0 with the same folder finds it there.",
                 backend="tensorrt",
             )
-        return TensorRTSession(self)
+        return self._runtime
+
+    def _new_session(self) -> Session:
+        runtime = self._opened()
+        with runtime.cuda.current():
+            return TensorRTSession(runtime, self._shared)
 
     def _inspect(self) -> EngineReport:
-        graph = self._compiled.report.graph if self._compiled.report else {}
-        if not self.ahead:
-            trt = self.library.module
-            inspector = self.native.create_engine_inspector()
-            text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        report = self._compiled.report
+        if self._runtime is not None:
+            text = self._runtime.layers()
             if text:
-                return _layers.from_inspector(text, graph)
-        if self._compiled.report is None:
+                return _layers.from_inspector(text, report.graph if report else {})
+        if report is None:
             raise BackendUnavailable(
                 "Nobody tells the layers of this engine.",
                 "It was built with verbosity=none, or its report was lost.",
                 "Build it with verbosity=detailed.",
                 backend="tensorrt",
             )
-        return self._compiled.report
+        return report
 
     def _save(self, path: Path) -> None:
-        _cache.write_plan(path, self._compiled, self.library)
-
-    def measure(self, runs: int = 30) -> float:
-        """Median seconds of device time of one run at the first profile's common shapes."""
-        unit = Unit(self)
-        lane = Lane(self, unit)
-        try:
-            profile = self._ranges[0] if self._ranges else ShapeProfile({})
-            inputs = {}
-            for tensor in self.tensors:
-                if not tensor.is_input:
-                    continue
-                shape = profile.shapes[tensor.name][1] if tensor.name in profile.shapes else ()
-                value = np.ones(shape, tensor.numpy_dtype)
-                if tensor.name in profile.values:
-                    value = np.array(profile.values[tensor.name][1], tensor.numpy_dtype)
-                    value = value.reshape(shape)
-                inputs[tensor.name] = value
-            return lane.seconds(inputs, runs)
-        finally:
-            lane.close()
-            unit.close()
+        write_plan(path, self._compiled, self._library)
 
     def _close(self) -> None:
-        if self.ahead:
+        if self._runtime is None:
             return
-        if self.shared_unit is not None:
-            self.shared_unit.close()
-        self.save_runtime_cache()
-        self.arrays.close()
-        # In this order: contexts are gone with their lanes, and an engine needs its runtime.
-        del self._config, self._plain_config, self._runtime_cache
-        del self.native
-        del self._runtime
+        with self._runtime.cuda.current():
+            if self._shared is not None:
+                self._shared.close()
+            self._runtime.close()
 
 
 def inspect_plan(library: Library, blob: bytes) -> EngineReport:
     """The layers of a plan that somebody built, as the engine's inspector tells them. Needs a GPU;
     raises BuildError where it does not load here.
     """
-    trt = library.module
-    Cuda(0)
-    with library.capture() as messages:
-        runtime = trt.Runtime(library.logger)
-        native = runtime.deserialize_cuda_engine(blob)
-    if native is None:
-        raise BuildError(
-            f"{library.flavour} {library.version} cannot load this plan.",
-            _told(messages) or "It gave no reason.",
-            "Use the version and GPU that it was built for.",
-            backend="tensorrt",
-        )
-    inspector = native.create_engine_inspector()
-    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    return _layers.from_inspector(text, {})
+    with Cuda(0).current():
+        _runtime, native = open_plan(library, blob)
+        return _layers.from_inspector(layers_of(library, native), {})
 
 
 def _facts(library: Library, options: TensorRTOptions, compiled: Compiled) -> dict[str, object]:
@@ -445,7 +131,7 @@ def _facts(library: Library, options: TensorRTOptions, compiled: Compiled) -> di
         "flavour": library.flavour,
         "version": library.version,
         "plan_bytes": len(compiled.blob),
-        "profiles": [str(_only_dynamic(profile)) for profile in compiled.profiles],
+        "profiles": [str(only_dynamic(profile)) for profile in compiled.profiles],
         "cached": compiled.cached,
         "lanes": options.lanes,
     }
@@ -456,71 +142,3 @@ def _facts(library: Library, options: TensorRTOptions, compiled: Compiled) -> di
     if compiled.builds:
         facts["builds"] = dict(compiled.builds)
     return facts
-
-
-def _told(messages: Sequence[Message]) -> str:
-    errors = [message.text.strip() for message in messages if message.severity <= WARNING]
-    return " ".join(dict.fromkeys(errors))
-
-
-def _within(profile: ShapeProfile, values: Mapping[str, Any]) -> bool:
-    for name, value in values.items():
-        bounds = profile.values.get(name)
-        if bounds is not None:
-            flat = tuple(int(one) for one in np.asarray(value).reshape(-1))
-            if len(flat) != len(bounds[0]) or not all(
-                low <= one <= high
-                for low, one, high in zip(bounds[0], flat, bounds[2], strict=True)
-            ):
-                return False
-    return True
-
-
-def _only_dynamic(profile: ShapeProfile) -> ShapeProfile:
-    """Without the inputs that have one shape only, unless there is nothing else to say."""
-    shapes = {name: one for name, one in profile.shapes.items() if one[0] != one[2]}
-    return ShapeProfile(shapes, profile.values) if shapes or profile.values else profile
-
-
-_ALLOCATORS: dict[str, Any] = {}
-
-
-def _allocator_type(trt: Any) -> Any:
-    """A class of output allocators: TensorRT says while it computes how large an output is."""
-    if trt.__name__ in _ALLOCATORS:
-        return _ALLOCATORS[trt.__name__]
-
-    class OutputAllocator(trt.IOutputAllocator):  # type: ignore[misc] # the library's own base
-        def __init__(self, cuda: Cuda) -> None:
-            trt.IOutputAllocator.__init__(self)
-            self._cuda = cuda
-            self._memory: DeviceMemory | None = None
-            self._shape: Shape = ()
-
-        def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
-            if self._memory is None or self._memory.size < size:
-                if self._memory is not None:
-                    self._memory.close()
-                self._memory = DeviceMemory(self._cuda, aligned(max(size, 1)))
-            return self._memory.pointer
-
-        def reallocate_output_async(
-            self, name: str, memory: int, size: int, alignment: int, stream: int
-        ) -> int:
-            return self.reallocate_output(name, memory, size, alignment)
-
-        def notify_shape(self, name: str, shape: Any) -> None:
-            self._shape = tuple(shape)
-
-        def fetch(self, tensor: Tensor) -> Any:
-            """The output as a new host array; the stream has been waited for."""
-            array = np.empty(self._shape, tensor.numpy_dtype)
-            if array.nbytes and self._memory is not None:
-                runtime, pointer = self._cuda.runtime, self._memory.pointer
-                check(
-                    runtime.cudaMemcpy(array.ctypes.data, pointer, array.nbytes, self._cuda.to_host)
-                )
-            return array
-
-    _ALLOCATORS[trt.__name__] = OutputAllocator
-    return OutputAllocator

@@ -14,17 +14,23 @@ import logging
 import statistics
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from unirt import DeviceArray
 from unirt_tensorrt._cuda import ALIGNMENT, LEGACY_STREAM, Graph, PoolMemory, check
-from unirt_tensorrt._staging import Buffer, Shape, Slot, slots_for, upload, upload_one
+from unirt_tensorrt._runtime import Runtime
+from unirt_tensorrt._staging import (
+    Buffer,
+    Shape,
+    Slot,
+    allocator_type,
+    slots_for,
+    upload,
+    upload_one,
+)
 from unirt_tensorrt._unit import Addresses, Prepared, Unit
-
-if TYPE_CHECKING:
-    from unirt_tensorrt._engine import TensorRTEngine
 
 log = logging.getLogger("unirt.tensorrt")
 
@@ -36,29 +42,27 @@ SHAPES = 256
 
 
 class Lane:
-    """One call at a time. Thread-safe only in that different lanes do not meet."""
+    """One call at a time. Thread-safe only in that different lanes do not meet. Whoever calls has
+    made the device current.
+    """
 
-    def __init__(self, engine: TensorRTEngine, unit: Unit) -> None:
-        engine.cuda.use()
-        self._engine, self._unit, self._cuda = engine, unit, engine.cuda
+    def __init__(self, runtime: Runtime, unit: Unit) -> None:
+        self._runtime, self._unit, self._cuda = runtime, unit, runtime.cuda
         with unit.lock:
-            self.stream = engine.cuda.stream()
-            self._fence = engine.cuda.event()
-        self._into = Buffer(engine.cuda, to_device=True)
-        self._back = Buffer(engine.cuda, to_device=False)
+            self.stream = runtime.cuda.stream()
+            self._fence = runtime.cuda.event()
+        self._into = Buffer(runtime.cuda, to_device=True)
+        self._back = Buffer(runtime.cuda, to_device=False)
         self._prepared: dict[object, Prepared] = {}
         self._spare: tuple[Prepared, dict[str, PoolMemory]] | None = None
         self._refusals = 0  # captures that failed
-        self._names = [tensor.name for tensor in engine.tensors if tensor.is_input]
-        self._shape_inputs = [t.name for t in engine.tensors if t.is_input and t.on_host]
-        self._several = engine.cuda.several
+        self._names = [tensor.name for tensor in runtime.tensors if tensor.is_input]
+        self._shape_inputs = [t.name for t in runtime.tensors if t.is_input and t.on_host]
 
     # The way of a call
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Host arrays in, new host arrays out."""
-        if self._several:
-            self._cuda.use()
         prepared = self._prepare(inputs)
         if prepared.open_outputs:
             return self._run_open(prepared, inputs)
@@ -77,8 +81,6 @@ class Lane:
 
     def run_device(self, inputs: Mapping[str, Any], keep: bool) -> dict[str, Any]:
         """As `run`, where inputs may lie on the device and outputs stay there if `keep`."""
-        if self._several:
-            self._cuda.use()
         prepared = self._prepare(inputs)
         if prepared.open_outputs:
             return self._run_open(prepared, inputs)
@@ -129,14 +131,11 @@ class Lane:
         stream, handle, wait = self.stream, self.stream.handle, self._cuda.wait
         record, stream_waits = self._cuda.record, self._cuda.stream_waits
         fence, waits = self._fence.handle, bool(device)
-        several, use = self._several, self._cuda.use
 
         def launch() -> None:
             self._launch(prepared, addresses)
 
         def step() -> None:
-            if several:
-                use()
             try:
                 for slot in staged:
                     upload_one(self._into, slot, inputs[slot.tensor.name], stream)
@@ -157,7 +156,7 @@ class Lane:
 
         step()
         prepared.ran = True
-        if self._engine.captures and not self._unit.is_shared:
+        if self._runtime.captures and not self._unit.is_shared:
             # No other shape and no other lane will ever come to this context.
             graph = self._capture(prepared, addresses)
             if graph is not None:
@@ -169,7 +168,7 @@ class Lane:
 
     def profile(self, inputs: Mapping[str, Any]) -> list[tuple[str, float]]:
         """Median seconds of each layer, in the order in which they run. The unit is a plain one."""
-        trt = self._engine.library.module
+        trt = self._runtime.library.module
         times: dict[str, list[float]] = {}
 
         class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
@@ -184,7 +183,7 @@ class Lane:
         prepared, profiler = self._prepare(inputs), Profiler()
         prepared.context.native.profiler = profiler
         for _ in range(PROFILE_RUNS):
-            with self._engine.still():
+            with self._runtime.still():
                 self._enqueue(prepared, prepared.staged)
             self.stream.synchronize()
         return [(name, statistics.median(values)) for name, values in times.items()]
@@ -209,7 +208,7 @@ class Lane:
             self.stream.synchronize()
         self._unit.leave(self.stream)
         self._spare = None
-        with self._engine.still():
+        with self._runtime.still():
             self._prepared.clear()
         for part in (self._into, self._back, self._fence, self.stream):
             part.close()
@@ -229,7 +228,7 @@ class Lane:
             key = tuple([inputs[name].shape for name in self._names])
         prepared = self._prepared.get(key)
         if prepared is None:
-            with self._engine.still():
+            with self._runtime.still():
                 if len(self._prepared) >= SHAPES:
                     self._prepared.clear()
                 prepared = self._new_prepared(inputs, key)
@@ -237,32 +236,28 @@ class Lane:
         return prepared
 
     def _new_prepared(self, inputs: Mapping[str, Any], key: object) -> Prepared:
-        engine = self._engine
+        runtime = self._runtime
         shapes: dict[str, Shape] = {name: tuple(inputs[name].shape) for name in self._names}
         # Copies: TensorRT reads them with every call, and the caller's may have changed by then.
         values = {name: np.array(_on_host(inputs[name]), order="C") for name in self._shape_inputs}
-        profile = engine.choose(shapes, values)
-        alone = engine.captures_ranges and not values
+        profile = runtime.choose(shapes, values)
+        alone = runtime.captures_ranges and not values
         context, capturable = self._unit.context(profile, self.stream, alone=alone)
         self._unit.settle()  # it may still compute, for other shapes
         native, context.key = context.native, None
-        with engine.library.capture() as messages:
+        with runtime.library.capture() as messages:
             for name, shape in shapes.items():
                 if not native.set_input_shape(name, shape):
-                    raise engine.refused(shapes, messages)
+                    raise runtime.refused(shapes, messages)
             for name, value in values.items():
                 context.place(name, value.ctypes.data, anew=True)
             missing = native.infer_shapes()
         if missing:
-            raise engine.refused(shapes, messages)
-        taken = [t for t in engine.tensors if t.is_input and not t.on_host]
-        given = [t for t in engine.tensors if not t.is_input]
+            raise runtime.refused(shapes, messages)
+        taken = [t for t in runtime.tensors if t.is_input and not t.on_host]
+        given = [t for t in runtime.tensors if not t.is_input]
         found = {t.name: tuple(native.get_tensor_shape(t.name)) for t in given}
-        open_outputs = tuple(
-            tensor
-            for tensor in given
-            if min(found[tensor.name], default=0) < 0 or tensor.name in engine.data_dependent
-        )
+        open_outputs = tuple(tensor for tensor in given if min(found[tensor.name], default=0) < 0)
         inputs_, in_bytes = slots_for(taken, shapes)
         outputs, out_bytes = slots_for([t for t in given if t not in open_outputs], found)
         try:
@@ -287,7 +282,7 @@ class Lane:
             out_bytes,
             open_outputs,
             profile,
-            capturable and engine.captures and not (values or open_outputs or on_host),
+            capturable and runtime.captures and not (values or open_outputs or on_host),
             tuple(slot.pointer for slot in (*inputs_, *outputs)),
         )
 
@@ -314,7 +309,7 @@ class Lane:
 
     def _turn(self, prepared: Prepared) -> AbstractContextManager[object]:
         """The unit for this call alone; all of the engine's where kernels may be compiled."""
-        return self._unit.lock if prepared.ran else self._engine.still()
+        return self._unit.lock if prepared.ran else self._runtime.still()
 
     def _activate(self, prepared: Prepared) -> None:
         """Readies the unit for these shapes, and drops graphs of where its memory was before."""
@@ -335,7 +330,7 @@ class Lane:
         """Captures what came from and went to the same places before."""
         if not prepared.ran:
             prepared.ran = True
-            self._engine.ran_first()
+            self._runtime.ran_first()
         if not prepared.capturable:
             return
         if addresses not in prepared.seen:
@@ -431,7 +426,7 @@ class Lane:
         return self._allocate(prepared)
 
     def _allocate(self, prepared: Prepared) -> dict[str, PoolMemory]:
-        arrays, stream = self._engine.arrays, self.stream
+        arrays, stream = self._runtime.arrays, self.stream
         return {
             slot.tensor.name: arrays.allocate(slot.nbytes, stream)
             for slot in prepared.outputs
@@ -444,9 +439,9 @@ class Lane:
         def to_host() -> Any:
             array = np.empty(slot.shape, tensor.numpy_dtype)
             if array.nbytes:
-                cuda.use()
                 source, copy = memory.pointer, cuda.runtime.cudaMemcpy
-                check(copy(array.ctypes.data, source, array.nbytes, cuda.to_host))
+                with cuda.current():
+                    check(copy(array.ctypes.data, source, array.nbytes, cuda.to_host))
             return array
 
         return DeviceArray(memory.pointer, slot.shape, tensor.dtype, cuda.index, memory, to_host)
@@ -456,7 +451,7 @@ class Lane:
     def _run_open(self, prepared: Prepared, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A run where TensorRT asks for output memory while it computes."""
         native = prepared.context.native
-        make = self._engine.allocator_type()
+        make = allocator_type(self._runtime.library.module)
         allocators = {tensor.name: make(self._cuda) for tensor in prepared.open_outputs}
         try:
             addresses = self._addresses(prepared, inputs, {})
@@ -479,7 +474,7 @@ class Lane:
         except BaseException:
             self._recover(prepared)
             raise
-        return {name: outputs[name] for name in self._engine.output_names}
+        return {name: outputs[name] for name in self._runtime.output_names}
 
 
 def _on_host(value: Any) -> Any:

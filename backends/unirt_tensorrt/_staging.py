@@ -130,3 +130,47 @@ def upload_one(buffer: Buffer, slot: Slot, array: Any, stream: Stream) -> None:
         part = flat[start : start + step]
         np.copyto(target[start : start + step], part, casting="no")
         buffer.copy(slot.offset + start * itemsize, part.nbytes, stream)
+
+
+_ALLOCATORS: dict[str, Any] = {}
+
+
+def allocator_type(trt: Any) -> Any:
+    """A class of output allocators: TensorRT says while it computes how large an output is."""
+    if trt.__name__ in _ALLOCATORS:
+        return _ALLOCATORS[trt.__name__]
+
+    class OutputAllocator(trt.IOutputAllocator):  # type: ignore[misc] # the library's own base
+        def __init__(self, cuda: Cuda) -> None:
+            trt.IOutputAllocator.__init__(self)
+            self._cuda = cuda
+            self._memory: DeviceMemory | None = None
+            self._shape: Shape = ()
+
+        def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
+            if self._memory is None or self._memory.size < size:
+                if self._memory is not None:
+                    self._memory.close()
+                self._memory = DeviceMemory(self._cuda, aligned(max(size, 1)))
+            return self._memory.pointer
+
+        def reallocate_output_async(
+            self, name: str, memory: int, size: int, alignment: int, stream: int
+        ) -> int:
+            return self.reallocate_output(name, memory, size, alignment)
+
+        def notify_shape(self, name: str, shape: Any) -> None:
+            self._shape = tuple(shape)
+
+        def fetch(self, tensor: Tensor) -> Any:
+            """The output as a new host array; the stream has been waited for."""
+            array = np.empty(self._shape, tensor.numpy_dtype)
+            if array.nbytes and self._memory is not None:
+                runtime, pointer = self._cuda.runtime, self._memory.pointer
+                check(
+                    runtime.cudaMemcpy(array.ctypes.data, pointer, array.nbytes, self._cuda.to_host)
+                )
+            return array
+
+    _ALLOCATORS[trt.__name__] = OutputAllocator
+    return OutputAllocator

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unirt_tensorrt._cuda import ALIGNMENT, DeviceMemory, Event, Graph, Stream, aligned, check
+from unirt_tensorrt._runtime import Runtime
 from unirt_tensorrt._staging import Shape, Slot, Tensor
-
-if TYPE_CHECKING:
-    from unirt_tensorrt._engine import TensorRTEngine
 
 Addresses = tuple[int, ...]
 
@@ -23,8 +20,8 @@ OWN_CONTEXTS = 8
 class Context:
     """An execution context fixed to one profile, and what it was last told."""
 
-    def __init__(self, engine: TensorRTEngine, profile: int, stream: Stream, plain: bool) -> None:
-        self.native = engine.new_context(plain=plain)
+    def __init__(self, runtime: Runtime, profile: int, stream: Stream, plain: bool) -> None:
+        self.native = runtime.new_context(plain=plain)
         self.key: object = None
         self.needs = 0
         """Bytes of scratch memory for the shapes it has."""
@@ -87,13 +84,9 @@ class Unit:
     device does the work in that order. So the copies of one call overlap the computing of another.
     """
 
-    def __init__(
-        self, engine: TensorRTEngine, *, plain: bool = False, shared: bool = False
-    ) -> None:
-        self._engine, self._plain, self.is_shared = engine, plain, shared
-        # RTX captures its own graphs while nobody in the process may allocate or capture: several
-        # at once crash it. There all units of an engine take turns.
-        self.lock = engine.turns if engine.engine_graphs else threading.RLock()
+    def __init__(self, runtime: Runtime, *, plain: bool = False, shared: bool = False) -> None:
+        self._runtime, self._plain, self.is_shared = runtime, plain, shared
+        self.lock = runtime.unit_lock()
         self.moves = 0
         """How often the scratch memory has moved."""
         self._contexts: dict[int, Context] = {}
@@ -102,7 +95,6 @@ class Unit:
         self._last: Stream | None = None
         self._before: Stream | None = None
         self._fence: Event | None = None
-        engine.register(self)
 
     def order(self, stream: Stream) -> None:
         """What `stream` is given from now on runs after all that was enqueued before."""
@@ -110,7 +102,7 @@ class Unit:
         if last is not stream:
             self._before = last
             if last is not None:
-                cuda = self._engine.cuda
+                cuda = self._runtime.cuda
                 if self._fence is None:
                     self._fence = cuda.event()
                 self._fence.record(last.handle)
@@ -134,13 +126,13 @@ class Unit:
         """A context of this profile, and whether its work may be captured: a graph is good only as
         long as its context meets no other shapes. `alone` asks for one of its own within a range.
         """
-        static = self._engine.is_static(profile)
+        static = self._runtime.is_static(profile)
         if alone and not static and len(self._own) < OWN_CONTEXTS:
-            own = Context(self._engine, profile, stream, self._plain)
+            own = Context(self._runtime, profile, stream, self._plain)
             self._own.add(own)
             return own, True
         if profile not in self._contexts:
-            self._contexts[profile] = Context(self._engine, profile, stream, self._plain)
+            self._contexts[profile] = Context(self._runtime, profile, stream, self._plain)
         return self._contexts[profile], static
 
     def activate(self, prepared: Prepared) -> None:
@@ -153,12 +145,12 @@ class Unit:
                 self._before.synchronize()  # it may still compute, for other shapes
             for name, shape in prepared.shapes.items():
                 if not context.native.set_input_shape(name, shape):
-                    raise self._engine.refused(prepared.shapes, [])
+                    raise self._runtime.refused(prepared.shapes, [])
         for name, value in prepared.values.items():
             context.place(name, value.ctypes.data, anew=changed)
         if changed:
             # Asking also lays the memory out for these shapes: needed each time they change.
-            context.needs = self._engine.scratch_size(context.native, prepared.profile)
+            context.needs = self._runtime.scratch_size(context.native, prepared.profile)
         # Also where nothing changed: growing it for others may have failed, after it was freed.
         memory = self._memory
         if memory is None or memory.size < context.needs:
@@ -167,12 +159,12 @@ class Unit:
             if memory is not None:
                 memory.close()  # waits for the device
             room = max(aligned(context.needs), ALIGNMENT)
-            memory = self._memory = DeviceMemory(self._engine.cuda, room)
+            memory = self._memory = DeviceMemory(self._runtime.cuda, room)
         context.compute_in(memory, anew=changed)
         context.key = prepared.key
 
     def close(self) -> None:
-        with self._engine.still():
+        with self._runtime.still():
             self._contexts.clear()
         for part in (self._memory, self._fence):
             if part is not None:
