@@ -29,6 +29,7 @@ from unirt.errors import (
     BackendUnavailable,
     BuildError,
     ModelNotFound,
+    OptionError,
     UnirtError,
     sentence,
 )
@@ -347,7 +348,7 @@ class Engine(ClosesOnExit):
             except UnirtError:
                 raise
             except Exception as error:
-                raise failed_error("inspect the engine of", self, error) from error
+                raise failed_error("inspect the engine of", self, error, call=False) from error
 
     @final
     def save(self, path: str | Path) -> Path:
@@ -361,6 +362,12 @@ class Engine(ClosesOnExit):
                 "This engine has no file form of its own.",
                 "Keep the model file; it compiles again when it is loaded.",
                 backend=self.backend.name,
+            )
+        if not isinstance(path, str | Path):
+            raise OptionError(
+                f"The engine of {self.model.name!r} cannot be saved to {path!r}.",
+                f"A path is text or a Path, and this is {type(path).__name__}.",
+                "Name a file, for example engine.save('model.plan').",
             )
         path = Path(path)
         with self._lock:
@@ -379,7 +386,7 @@ class Engine(ClosesOnExit):
                     path=path,
                 ) from error
             except Exception as error:
-                raise failed_error("save the engine of", self, error) from error
+                raise failed_error("save the engine of", self, error, call=False) from error
         return path
 
     @final
@@ -394,7 +401,7 @@ class Engine(ClosesOnExit):
             except UnirtError:
                 raise
             except Exception as error:
-                raise failed_error("open a session of", self, error) from error
+                raise failed_error("open a session of", self, error, call=False) from error
             self._sessions.add(session)
         return session
 

@@ -123,7 +123,10 @@ def _load(entry: EntryPoint) -> Plugin:
     found = guarded(lambda: _backend_of(entry.load(), entry.name), seconds, entry.name)
     if found.value is not None:
         return Plugin(entry.name, source, found.value)
-    hint = f"fix it, or pip uninstall {source}"
+    built_in = source == "unirt"
+    hint = (
+        f"pip install 'unirt[{entry.name}]'" if built_in else f"fix it, or pip uninstall {source}"
+    )
     return Plugin(entry.name, source, failure=f"its import {found.failure}", hint=hint)
 
 

@@ -32,12 +32,17 @@ def closed_error(what: str, engine: Engine) -> ClosedError:
     )
 
 
-def failed_error(doing: str, engine: Engine, error: BaseException) -> BackendError:
+def failed_error(
+    doing: str, engine: Engine, error: BaseException, *, call: bool = True
+) -> BackendError:
+    """For what a vendor raised; `call` where inputs of the caller's may have caused it."""
     return BackendError(
         f"{engine.candidate} failed to {doing} {engine.model.name!r}.",
         f"{type(error).__name__}: {error}",
         "The session stays usable; check that this input suits the network, or try another "
-        "candidate.",
+        "candidate."
+        if call
+        else "Nothing else of the engine is touched by it; try again, or another candidate.",
         backend=engine.backend.name,
         device=str(engine.device),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import traceback
@@ -13,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from unirt import (
+    BackendUnavailable,
     BuildCancelled,
     BuildError,
     BuildRequest,
@@ -48,6 +50,17 @@ class TensorRTError(RuntimeError):
 
 _building = threading.Lock()
 # Builds run one after another in TensorRT anyway.
+_forked_amid = False
+"""Whether this process was forked amid a build: TensorRT's own locks are held for ever then."""
+
+
+def _note_fork() -> None:
+    global _forked_amid
+    _forked_amid = _forked_amid or _building.locked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 @dataclass(frozen=True)
@@ -87,8 +100,16 @@ def build(
     function runs in the calling thread, and what it raises comes out of here. A build that is
     stopped ends with its current step, and this waits for it.
 
-    Raises BuildError, BuildCancelled, ProfileError or OptionError.
+    Raises BuildError, BuildCancelled, ProfileError, OptionError or BackendUnavailable.
     """
+    if _forked_amid:
+        raise BackendUnavailable(
+            f"tensorrt cannot build {file.path.name if file.path else 'this model'} here.",
+            "This process was forked while its parent was building, and TensorRT would wait for "
+            "that build for ever.",
+            "Start processes by spawn: multiprocessing.set_start_method('spawn').",
+            backend="tensorrt",
+        )
     steps: SimpleQueue[BuildStep | None] = SimpleQueue()
     cancelled = threading.Event()
     worker = _Worker(library, file, content, options, request, ahead, steps, cancelled)
@@ -331,6 +352,7 @@ class _Worker:
         # Hot shapes are shapes: what sizes stand in an input is as anywhere else.
         values = dict(ranged[0].values) if ranged else {}
         hot = [ShapeProfile(one.shapes, {**values, **one.values}) for one in self.request.hot]
+        self.context = replace(self.context, hot=" | ".join(map(str, hot)))
         return tuple(dict.fromkeys((*ranged, *complete(hot, inputs))))
 
     def _derived(self, inputs: Sequence[NetworkInput]) -> tuple[ShapeProfile, ...]:

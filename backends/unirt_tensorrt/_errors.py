@@ -54,6 +54,8 @@ class Context:
     messages: list[Message]
     derived: str = ""
     """The profile that was derived, as text, where the caller gave none."""
+    hot: str = ""
+    """The hot shapes that were asked for, as text."""
 
     @property
     def label(self) -> str:
@@ -174,6 +176,9 @@ def _failed(
             "Say which sizes the model takes, profiles=[unirt.ShapeProfile({...})], or derive "
             f"them from samples. {remedy}"
         )
+    if context.hot:
+        text += f" Hot shapes were asked for too: {context.hot}."
+        remedy = f"Leave the hot shapes out to see whether it is they. {remedy}"
     return context.error(
         f"tensorrt could not build {context.label}.",
         text,

@@ -257,7 +257,8 @@ def ranges(options: TensorRTOptions) -> tuple[Range, Range]:
     for text in options.default_range:
         parts = text.split(":")
         numbers = [int(part) for part in parts if part.strip().isdecimal()]
-        if len(numbers) != 3 or len(parts) != 3 or sorted(numbers) != numbers:
+        ordered = len(numbers) == len(parts) == 3 and sorted(numbers) == numbers
+        if not ordered or not numbers[2]:
             found.clear()
             break
         found.append((numbers[0], numbers[1], numbers[2]))

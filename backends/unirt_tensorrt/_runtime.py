@@ -72,6 +72,8 @@ class Runtime:
         self._native_runtime, self.native = open_plan(library, blob)
         self.tensors = self._read_tensors(file)
         self.output_names = [tensor.name for tensor in self.tensors if not tensor.is_input]
+        # Outputs that are allocated while the network runs, besides those whose shape stays open.
+        self.open_outputs: frozenset[str] = frozenset()
         self._set_weight_budget()
         self._config, self._runtime_cache = self._runtime_config(plain=False)
         self._plain_config, _ = self._runtime_config(plain=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,6 +142,29 @@ def test_a_model_that_changes_while_it_is_built_leaves_nothing_in_the_cache(tmp_
         unirt.build(path, "tensorrt@aot", options={"cache": cache}, progress=change)
     assert changed
     assert not list(cache.glob("*.plan"))
+
+
+FORKS = """
+import os, sys, unirt
+children = []
+def fork_once(step):
+    if not children:
+        children.append(os.fork())
+        if not children[0]:
+            try:
+                unirt.build(sys.argv[1], "tensorrt@aot")
+            except unirt.BackendUnavailable as error:
+                os._exit(7 if "spawn" in error.remedy else 1)
+            os._exit(2)
+unirt.build(sys.argv[1], "tensorrt@aot", progress=fork_once).close()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_process_forked_during_a_build_says_so_instead_of_hanging() -> None:
+    command = [sys.executable, "-c", FORKS, str(DIGITS / "digits.onnx")]
+    assert subprocess.run(command, timeout=120).returncode == 7
 
 
 def test_an_input_without_a_rank_is_refused() -> None:
@@ -299,6 +324,73 @@ def test_layers_are_timed_and_join_the_inspection(heavy: Any) -> None:
     timed = [layer for layer in report.layers if layer.seconds is not None]
     assert timed
     assert all(0 < layer.seconds < 0.1 for layer in timed if layer.seconds is not None)
+
+
+def test_a_plan_built_without_a_gpu_is_found_by_a_machine_with_one(
+    gpu: Backend, tmp_path: Path
+) -> None:
+    with _ahead(options={"cache": tmp_path}):
+        pass
+    model, options = DIGITS / "digits.onnx", {"cache": tmp_path}
+    with np.load(DIGITS / "test.npz") as data:
+        images, labels = data["image"], data["labels"]
+    with unirt.build(model, "tensorrt", options=options) as engine, engine.session() as session:
+        assert engine.facts["cached"]
+        scores = next(iter(session.run(images).values()))
+    assert np.mean(scores.argmax(axis=1) == labels) > 0.9
+
+
+def test_layers_are_told_while_calls_run(heavy: Any) -> None:
+    inputs = NETWORKS["heavy"].sample(8, 0)
+    with heavy.session() as session:
+        calls = [session.submit(inputs) for _ in range(200)]
+        for _ in range(5):
+            assert heavy.inspect().layers
+        for call in calls:
+            _close(call.result()["y"], inputs)
+
+
+@pytest.fixture
+def second_gpu(gpu: Backend) -> str:
+    if len(gpu.probe().devices) < 2:
+        pytest.skip("there is one GPU here")
+    return "tensorrt@cuda:1"
+
+
+def test_calls_on_a_second_gpu_leave_the_first_one_current(second_gpu: str) -> None:
+    from cuda.bindings import runtime
+
+    runtime.cudaSetDevice(0)
+    inputs = NETWORKS["heavy"].sample(8, 0)
+    model = NETWORKS["heavy"].model(["onnx"])
+    with unirt.build(model, second_gpu, profiles=PROFILES) as engine, engine.session() as session:
+        assert int(runtime.cudaGetDevice()[1]) == 0
+        _close(session.run(inputs)["y"], inputs)
+        y = session.run(inputs, device_outputs=True)["y"]
+        assert y.device_id == 1
+        _close(y.numpy(), inputs)
+        found = np.zeros_like(y.numpy())
+        with session.bind(inputs, {"y": found}) as binding:
+            binding.run()
+            _close(found, inputs)
+        assert session.profile(inputs).seconds
+        assert int(runtime.cudaGetDevice()[1]) == 0
+    assert int(runtime.cudaGetDevice()[1]) == 0
+
+
+def test_an_array_of_another_gpu_is_refused_however_it_comes(second_gpu: str, torch: Any) -> None:
+    inputs = NETWORKS["heavy"].sample(8, 0)
+    near = torch.from_numpy(inputs["x"]).to("cuda:1")
+    far = near.to("cuda:0")
+    torch.cuda.synchronize(0)
+    torch.cuda.synchronize(1)
+    model = NETWORKS["heavy"].model(["onnx"])
+    with unirt.build(model, second_gpu, profiles=PROFILES) as engine, engine.session() as session:
+        for array in (far, OnlyCuda(far)):
+            with pytest.raises(InputError, match="cuda:0"):
+                session.run({"x": array})
+        for array in (near, OnlyCuda(near)):
+            _close(session.run({"x": array})["y"], inputs)
 
 
 def test_several_builds_are_compared(gpu: Backend) -> None:
@@ -470,7 +562,7 @@ def test_what_lies_off_the_boundary_is_copied_not_misread(heavy: Any, torch: Any
 
 
 def test_outputs_of_open_size_are_allocated_as_they_come(heavy: Any) -> None:
-    heavy.data_dependent = frozenset({"y"})
+    heavy._runtime.open_outputs = frozenset({"y"})
     with heavy.session() as session:
         for n in (1, 5, 200, 1):
             inputs = NETWORKS["heavy"].sample(n, n)
