@@ -598,7 +598,10 @@ class Binding(ClosesOnExit):
     def close(self) -> None:
         """Waits for a run in flight and lets go of the engine. The buffers stay the caller's."""
         with self._lock:
-            self._step = self._raise_closed
+            step, self._step = self._step, self._raise_closed
+        close = getattr(step, "close", None)
+        if close is not None:
+            close()
 
     def _raise_closed(self) -> None:
         raise closed_error("binding", self.session.engine)
@@ -612,7 +615,8 @@ class SupportsBind(Protocol):
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
     ) -> Callable[[], object] | None:
         """A function that runs from `inputs` into `outputs`; core calls it one at a time. None
-        where these buffers are better served by run and copy.
+        where these buffers are better served by run and copy. If it has a `close`, core calls that
+        once, when the binding closes.
         """
 
 

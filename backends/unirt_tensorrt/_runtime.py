@@ -308,7 +308,7 @@ class Runtime:
 
     def layers(self) -> str:
         """The engine's own account of its layers, as JSON; empty where it gives none."""
-        with self.still():
+        with self.cuda.current(), self.still():
             return layers_of(self.library, self.native)
 
     def close(self) -> None:

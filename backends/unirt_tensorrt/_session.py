@@ -7,9 +7,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from unirt import DeviceArray, EngineReport, InputError, Pool, Session
+from unirt_tensorrt._cuda import Cuda
 from unirt_tensorrt._lane import Lane
 from unirt_tensorrt._runtime import Runtime
 from unirt_tensorrt._unit import Unit
+
+
+class BoundLane:
+    """A call from and into fixed buffers, and the lane and unit that serve it alone."""
+
+    __slots__ = ("_cuda", "_lane", "_step", "_unit")
+
+    def __init__(self, cuda: Cuda, lane: Lane, unit: Unit, step: Callable[[], object]) -> None:
+        self._cuda, self._lane, self._unit, self._step = cuda, lane, unit, step
+
+    def __call__(self) -> None:
+        if self._cuda.several:
+            with self._cuda.current():
+                self._step()
+        else:
+            self._step()
+
+    def close(self) -> None:
+        del self._step  # it holds graphs and addresses of what goes next
+        with self._cuda.current():
+            self._lane.close()
+            if not self._unit.is_shared:
+                self._unit.close()
 
 
 class TensorRTSession(Session):
@@ -64,7 +88,8 @@ class TensorRTSession(Session):
     ) -> Callable[[], object] | None:
         self._check_device({**inputs, **outputs})
         with self._cuda.current():
-            lane = Lane(self._runtime, self._shared or Unit(self._runtime))
+            unit = self._shared or Unit(self._runtime)
+            lane = Lane(self._runtime, unit)
             step = lane.bind(inputs, outputs)
         arrays = (*inputs.values(), *outputs.values())
         if step is None and any(isinstance(array, DeviceArray) for array in arrays):
@@ -74,15 +99,7 @@ class TensorRTSession(Session):
                 "that TensorRT keeps on the host or sizes by itself.",
                 "Bind whole allocations, or use run(..., device_outputs=True).",
             )
-        if step is None or not self._cuda.several:
-            return step
-        bound, current = step, self._cuda.current
-
-        def step_there() -> None:
-            with current():
-                bound()
-
-        return step_there
+        return step and BoundLane(self._cuda, lane, unit, step)
 
     def _profile(self, inputs: Mapping[str, Any]) -> EngineReport:
         on_host = {

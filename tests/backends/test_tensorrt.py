@@ -253,8 +253,8 @@ def _close(got: Any, inputs: dict[str, Any]) -> None:
 
 
 def test_the_tightest_profile_that_fits_is_taken(heavy: Any) -> None:
-    chosen = [heavy.choose({"x": (n, 64)}, {}) for n in (1, 2, 16, 17, 256)]
-    ranges = [heavy._ranges[index].shapes["x"] for index in chosen]
+    chosen = [heavy._runtime.choose({"x": (n, 64)}, {}) for n in (1, 2, 16, 17, 256)]
+    ranges = [heavy._runtime._ranges[index].shapes["x"] for index in chosen]
     assert [(low[0], high[0]) for low, _, high in ranges] == [
         (1, 1),
         (1, 16),
@@ -360,22 +360,38 @@ def second_gpu(gpu: Backend) -> str:
 def test_calls_on_a_second_gpu_leave_the_first_one_current(second_gpu: str) -> None:
     from cuda.bindings import runtime
 
+    after: dict[str, int] = {}
+
+    def note(what: str) -> None:
+        after[what] = int(runtime.cudaGetDevice()[1])
+
     runtime.cudaSetDevice(0)
     inputs = NETWORKS["heavy"].sample(8, 0)
     model = NETWORKS["heavy"].model(["onnx"])
-    with unirt.build(model, second_gpu, profiles=PROFILES) as engine, engine.session() as session:
-        assert int(runtime.cudaGetDevice()[1]) == 0
-        _close(session.run(inputs)["y"], inputs)
-        y = session.run(inputs, device_outputs=True)["y"]
-        assert y.device_id == 1
-        _close(y.numpy(), inputs)
-        found = np.zeros_like(y.numpy())
-        with session.bind(inputs, {"y": found}) as binding:
-            binding.run()
-            _close(found, inputs)
-        assert session.profile(inputs).seconds
-        assert int(runtime.cudaGetDevice()[1]) == 0
-    assert int(runtime.cudaGetDevice()[1]) == 0
+    with unirt.build(model, second_gpu, profiles=PROFILES) as engine:
+        note("build")
+        with engine.session() as session:
+            note("session")
+            _close(session.run(inputs)["y"], inputs)
+            note("run")
+            y = session.run(inputs, device_outputs=True)["y"]
+            assert y.device_id == 1
+            _close(y.numpy(), inputs)
+            del y
+            note("device_outputs")
+            found = np.zeros((8, 64), np.float32)
+            with session.bind(inputs, {"y": found}) as binding:
+                binding.run()
+                _close(found, inputs)
+                note("bind")
+            note("unbind")
+            assert session.profile(inputs).seconds
+            note("profile")
+            assert engine.inspect().layers
+            note("inspect")
+        note("session closed")
+    note("engine closed")
+    assert set(after.values()) == {0}, after
 
 
 def test_an_array_of_another_gpu_is_refused_however_it_comes(second_gpu: str, torch: Any) -> None:
