@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py --out FOLDER [--only accuracy,overhead] [--quick]
 
-Needs an NVIDIA GPU, TensorRT (for RTX or not), cuda-bindings, PyTorch, torchvision, transformers
-and onnx; Polygraphy and onnxruntime-gpu each for one competitor. Weights are random with a seed.
+Needs an NVIDIA GPU, TensorRT (for RTX or not), cuda-bindings, PyTorch, torchvision, transformers,
+onnx, pytest and pytest-timeout; Polygraphy and onnxruntime-gpu each for one competitor. Weights are random with a seed.
 
 All that is compared runs in one process, in turns; figures are medians over the rounds, ratios the
 medians of the rounds' ratios. A section that fails is recorded with its traceback and the others
@@ -595,7 +595,7 @@ def memory(lab: Lab, report: Report) -> None:
     import psutil
 
     process = psutil.Process()
-    for name, sizes, limit in (("mlp", (8,), 45.0), ("resnet50", (1,), 35.0)):
+    for name, sizes, limit in (("mlp", (8,), 70.0), ("resnet50", (1,), 70.0)):
         report.attempt(name, lambda a=(name, sizes, limit): _memory(lab, report, process, *a))
 
 
@@ -695,6 +695,28 @@ def _summary(report: Mapping[str, Any], most: int = 15) -> dict[str, Any]:
     return found
 
 
+def conformance(lab: Lab, report: Report) -> None:
+    """The backend's own tests, the suite for every backend among them, in a process of their own."""
+    root = Path(__file__).resolve().parents[1]
+    options = ["-p", "unirt.testing", "--import-mode=importlib", "-q", "-rs", "--timeout", "60"]
+    command = [sys.executable, "-m", "pytest", *options, "tests/backends/test_tensorrt.py"]
+    done = subprocess.run(
+        command,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "UNIRT_REQUIRE": "tensorrt"},
+    )
+    lines = done.stdout.strip().splitlines()
+    report.data |= {
+        "summary": lines[-1] if lines else "",
+        "skipped": [line for line in lines if line.startswith("SKIPPED")],
+        "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+    }
+    report.check("exit of the backend's tests", done.returncode, most=0)
+
+
 SECTIONS: dict[str, Callable[[Lab, Report], None]] = {
     "accuracy": accuracy,
     "tf32": tf32,
@@ -707,6 +729,7 @@ SECTIONS: dict[str, Callable[[Lab, Report], None]] = {
     "memory": memory,
     "start": start,
     "profile": profile,
+    "conformance": conformance,
     "engines": engines,
 }
 
