@@ -3,7 +3,8 @@
     python benchmarks/gpu.py --out FOLDER [--only accuracy,overhead] [--quick]
 
 Needs an NVIDIA GPU, TensorRT (for RTX or not), cuda-bindings, PyTorch, torchvision, transformers,
-onnx, pytest and pytest-timeout; Polygraphy and onnxruntime-gpu each for one competitor. Weights are random with a seed.
+onnx, pytest and pytest-timeout; Polygraphy and onnxruntime-gpu each for one competitor. Weights
+are random with a seed.
 
 All that is compared runs in one process, in turns; figures are medians over the rounds, ratios the
 medians of the rounds' ratios. A section that fails is recorded with its traceback and the others
@@ -607,7 +608,7 @@ def _memory(
     feed = network.make(*sizes, seed=1)
     profile = network.profile(*sizes)
     with lab.build(network.model, f"{TENSORRT}:fp16", profiles=[profile]) as engine:
-        model = engine.model  # cast already: a cycle is to open and close, not to cast
+        model, plan = engine.model, engine.plan  # cast already: a cycle opens, runs and closes
 
     def cycle() -> None:
         with (
@@ -616,29 +617,43 @@ def _memory(
         ):
             session.run(feed)
 
-    for _ in range(5):
-        cycle()
-    gc.collect()
-    before, resident = bytes_in_use(), process.memory_info().rss
-    trail, cycles, started = [], 0, time.perf_counter()
-    while cycles < wanted and time.perf_counter() - started < limit:
-        cycle()
-        cycles += 1
-        if cycles % max(1, wanted // 10) == 0:
-            trail.append((bytes_in_use() - before) / 2**20)
-    seconds = (time.perf_counter() - started) / cycles
-    gc.collect()
-    grown = (bytes_in_use() - before) / 2**20
-    host_grown = (process.memory_info().rss - resident) / 2**20
-    report.data[name] = {
-        "cycles": cycles,
-        "seconds_a_cycle": seconds,
-        "device_mib": grown,
-        "device_mib_on_the_way": trail,
-        "host_mib": host_grown,
-    }
-    report.check(f"{name}: device MiB after {cycles} cycles", grown, most=20)
-    report.check(f"{name}: host MiB after {cycles} cycles", host_grown)
+    tensors = on_device(feed)
+
+    def raw_cycle() -> None:
+        raw = RawEngine(plan)
+        raw.loop(tensors, graphs=False).close()
+        del raw
+
+    def repeat(cycle: Callable[[], None], wanted: int, limit: float) -> dict[str, Any]:
+        for _ in range(5):
+            cycle()
+        gc.collect()
+        before, resident = bytes_in_use(), process.memory_info().rss
+        trail, cycles, started = [], 0, time.perf_counter()
+        while cycles < wanted and time.perf_counter() - started < limit:
+            cycle()
+            cycles += 1
+            if cycles % max(1, wanted // 10) == 0:
+                trail.append((bytes_in_use() - before) / 2**20)
+        seconds = (time.perf_counter() - started) / cycles
+        gc.collect()
+        return {
+            "cycles": cycles,
+            "seconds_a_cycle": seconds,
+            "device_mib": (bytes_in_use() - before) / 2**20,
+            "device_mib_on_the_way": trail,
+            "host_mib": (process.memory_info().rss - resident) / 2**20,
+        }
+
+    found = report.data[name] = repeat(cycle, wanted, limit)
+    cycles = found["cycles"]
+    report.check(f"{name}: device MiB after {cycles} cycles", found["device_mib"], most=20)
+    report.check(f"{name}: host MiB after {cycles} cycles", found["host_mib"])
+    # What TensorRT itself keeps: the same without UniRT.
+    bare = report.data[f"{name} raw"] = repeat(raw_cycle, wanted // 4, limit / 3)
+    cycles = bare["cycles"]
+    report.check(f"{name}: device MiB after {cycles} raw cycles", bare["device_mib"])
+    report.check(f"{name}: host MiB after {cycles} raw cycles", bare["host_mib"])
 
 
 def profile(lab: Lab, report: Report) -> None:
@@ -696,7 +711,7 @@ def _summary(report: Mapping[str, Any], most: int = 15) -> dict[str, Any]:
 
 
 def conformance(lab: Lab, report: Report) -> None:
-    """The backend's own tests, the suite for every backend among them, in a process of their own."""
+    """The backend's tests, the suite for every backend among them, in a process of their own."""
     root = Path(__file__).resolve().parents[1]
     options = ["-p", "unirt.testing", "--import-mode=importlib", "-q", "-rs", "--timeout", "60"]
     command = [sys.executable, "-m", "pytest", *options, "tests/backends/test_tensorrt.py"]

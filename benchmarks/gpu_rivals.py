@@ -136,6 +136,11 @@ class RawLoop:
     def synchronize(self) -> None:
         self.cudart.cudaStreamSynchronize(self.stream)
 
+    def close(self) -> None:
+        self.synchronize()
+        del self.context, self.step
+        self.cudart.cudaStreamDestroy(self.stream)
+
     def captured(self) -> Step:
         """The same, from a CUDA graph captured by hand. For contexts without their own graphs."""
         cudart = self.cudart

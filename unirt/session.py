@@ -600,6 +600,7 @@ class Binding(ClosesOnExit):
         with self._lock:
             step, self._step = self._step, self._raise_closed
         close = getattr(step, "close", None)
+        del step  # it may hold what is freed next
         if close is not None:
             close()
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -73,6 +74,7 @@ class Cuda:
         self.wait = runtime.cudaStreamSynchronize
         self.record = runtime.cudaEventRecord
         self.stream_waits = runtime.cudaStreamWaitEvent
+        self.legacy = runtime.cudaStream_t(LEGACY_STREAM)
         count = check(runtime.cudaGetDeviceCount())
         self.several = int(count) > 1
         with self.current():
@@ -210,31 +212,46 @@ class MemoryPool:
         check(runtime.cudaMemPoolSetAttribute(self.handle, threshold, everything))
         self._lock = threading.RLock()
         self._out = 0
+        self._returned: deque[int] = deque()
         self._closed = False
 
     def allocate(self, size: int, stream: Stream) -> PoolMemory:
-        """Memory that may be used by `stream` from now on."""
+        """Memory that may be used by `stream` from now on. The device is current."""
         runtime = self.cuda.runtime
+        self._free_returned()
         pointer = check(runtime.cudaMallocFromPoolAsync(max(size, 1), self.handle, stream.handle))
         with self._lock:
             self._out += 1
         return PoolMemory(self, int(pointer), size)
 
     def take_back(self, pointer: int, readers: set[int] | None) -> None:
-        """Frees it once the default stream and these streams have reached this point."""
+        """Has it freed once the default stream and these streams have reached this point."""
         runtime = self.cuda.runtime
-        with self.cuda.current():
-            for stream in readers or ():
-                event = self.cuda.event()
-                if int(runtime.cudaEventRecord(event.handle, stream)[0]):
-                    runtime.cudaDeviceSynchronize()  # that stream is gone; its work may not be
-                else:
-                    runtime.cudaStreamWaitEvent(LEGACY_STREAM, event.handle, 0)
-            runtime.cudaFreeAsync(pointer, LEGACY_STREAM)
+        if readers:
+            with self.cuda.current():
+                for stream in readers:
+                    event = self.cuda.event()
+                    if int(runtime.cudaEventRecord(event.handle, stream)[0]):
+                        runtime.cudaDeviceSynchronize()  # that stream is gone; its work may not be
+                    else:
+                        runtime.cudaStreamWaitEvent(self.cuda.legacy, event.handle, 0)
         with self._lock:
             self._out -= 1
-            if self._closed and not self._out:
-                self._destroy()
+            # The next call frees it while the device computes: here somebody waits for Python.
+            self._returned.append(pointer)
+            if self._closed:
+                with self.cuda.current():
+                    self._free_returned()
+                if not self._out:
+                    self._destroy()
+
+    def _free_returned(self) -> None:
+        while True:
+            try:
+                pointer = self._returned.popleft()
+            except IndexError:
+                return
+            self.cuda.runtime.cudaFreeAsync(pointer, self.cuda.legacy)
 
     def close(self) -> None:
         """Gives back to the device what no array holds, and the rest when the arrays go."""
@@ -242,6 +259,8 @@ class MemoryPool:
             if self._closed:
                 return
             self._closed = True
+            with self.cuda.current():
+                self._free_returned()
             if self._out:
                 self.cuda.runtime.cudaMemPoolTrimTo(self.handle, 0)
             else:
@@ -249,7 +268,7 @@ class MemoryPool:
 
     def _destroy(self) -> None:
         with self.cuda.current():
-            self.cuda.runtime.cudaStreamSynchronize(LEGACY_STREAM)
+            self.cuda.runtime.cudaStreamSynchronize(self.cuda.legacy)
             self.cuda.runtime.cudaMemPoolDestroy(self.handle)
 
     def __del__(self) -> None:

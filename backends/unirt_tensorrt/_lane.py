@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from unirt import DeviceArray
-from unirt_tensorrt._cuda import ALIGNMENT, LEGACY_STREAM, Graph, PoolMemory, check
+from unirt_tensorrt._cuda import ALIGNMENT, Graph, PoolMemory, check
 from unirt_tensorrt._runtime import Runtime
 from unirt_tensorrt._staging import (
     Buffer,
@@ -130,7 +130,7 @@ class Lane:
         back = [(outputs[slot.tensor.name], slot.view) for slot in fetched]
         stream, handle, wait = self.stream, self.stream.handle, self._cuda.wait
         record, stream_waits = self._cuda.record, self._cuda.stream_waits
-        fence, waits = self._fence.handle, bool(device)
+        fence, legacy, waits = self._fence.handle, self._cuda.legacy, bool(device)
 
         def launch() -> None:
             self._launch(prepared, addresses)
@@ -140,7 +140,7 @@ class Lane:
                 for slot in staged:
                     upload_one(self._into, slot, inputs[slot.tensor.name], stream)
                 if waits:
-                    record(fence, LEGACY_STREAM)
+                    record(fence, legacy)
                     stream_waits(handle, fence, 0)
                 launch()
                 for slot in fetched:
@@ -399,7 +399,7 @@ class Lane:
                 continue
             if not waited and (value.lent or type(value.owner) is not PoolMemory):
                 # Whoever made it, or writes into it, has ordered that before the default stream.
-                self._cuda.record(self._fence.handle, LEGACY_STREAM)
+                self._cuda.record(self._fence.handle, self._cuda.legacy)
                 check(self._cuda.stream_waits(self.stream.handle, self._fence.handle, 0))
                 waited = True
             if value.pointer % ALIGNMENT or not value.pointer:

@@ -7,33 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from unirt import DeviceArray, EngineReport, InputError, Pool, Session
-from unirt_tensorrt._cuda import Cuda
 from unirt_tensorrt._lane import Lane
 from unirt_tensorrt._runtime import Runtime
 from unirt_tensorrt._unit import Unit
-
-
-class BoundLane:
-    """A call from and into fixed buffers, and the lane and unit that serve it alone."""
-
-    __slots__ = ("_cuda", "_lane", "_step", "_unit")
-
-    def __init__(self, cuda: Cuda, lane: Lane, unit: Unit, step: Callable[[], object]) -> None:
-        self._cuda, self._lane, self._unit, self._step = cuda, lane, unit, step
-
-    def __call__(self) -> None:
-        if self._cuda.several:
-            with self._cuda.current():
-                self._step()
-        else:
-            self._step()
-
-    def close(self) -> None:
-        del self._step  # it holds graphs and addresses of what goes next
-        with self._cuda.current():
-            self._lane.close()
-            if not self._unit.is_shared:
-                self._unit.close()
 
 
 class TensorRTSession(Session):
@@ -99,7 +75,26 @@ class TensorRTSession(Session):
                 "that TensorRT keeps on the host or sizes by itself.",
                 "Bind whole allocations, or use run(..., device_outputs=True).",
             )
-        return step and BoundLane(self._cuda, lane, unit, step)
+        return step and self._closable(step, lane, unit)
+
+    def _closable(self, step: Callable[[], object], lane: Lane, unit: Unit) -> Callable[[], object]:
+        """The step, with a `close` that frees the lane and unit which serve it alone."""
+        current = self._cuda.current
+
+        def step_there() -> None:
+            with current():
+                step()
+
+        def close() -> None:
+            with current():
+                lane.close()
+                if not unit.is_shared:
+                    unit.close()
+
+        # The function itself where it will do: a tight loop feels one call more.
+        bound: Any = step_there if self._cuda.several else step
+        bound.close = close
+        return bound  # type: ignore[no-any-return]
 
     def _profile(self, inputs: Mapping[str, Any]) -> EngineReport:
         on_host = {
