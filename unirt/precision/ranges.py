@@ -2,30 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import difflib
+import json
+import logging
+import numbers
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Final, TypeAlias
+
+from unirt.errors import DataError, ModelError, OptionError
+from unirt.model import Model, ModelSource
+
+FORMAT: Final = "unirt-calibration"
+VERSION: Final = 1
+BY_HAND: Final = "by hand"
+"""The method of a calibration that holds nothing but ranges given by hand."""
+
+_LARGEST: Final = 3.4028234663852886e38  # finite in float32, in which scales are kept
+_SMALLEST: Final = 2.0**-100  # a scale made of less comes near to what float32 flushes to zero
+_MAX_BYTES: Final = 64 * 2**20  # of a file; a range takes about 60
+
+logger = logging.getLogger("unirt")
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a quantized tensor must represent: `low` to `high`; what lies beyond is clipped."""
+    """What a quantized tensor must represent: `low` to `high`; what lies beyond is clipped.
+
+    0 need not lie between them, but has a code in any quantized tensor: asymmetric quantization
+    extends the range to it. Raises OptionError unless both are finite in float32 and in order.
+    """
 
     low: float
     high: float
+
+    def __post_init__(self) -> None:
+        for end in ("low", "high"):
+            value: Any = getattr(self, end)
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not (number and abs(value) <= _LARGEST):
+                raise OptionError(
+                    f"No range can begin or end at {value!r}.",
+                    "Its ends are finite numbers that float32 holds.",
+                    "Give two such numbers.",
+                    low=self.low,
+                    high=self.high,
+                )
+            object.__setattr__(self, end, float(value))
+        if self.low > self.high:
+            raise OptionError(
+                f"{self.low!r} to {self.high!r} is no range.",
+                "It ends before it begins.",
+                "Give the lower end first.",
+                low=self.low,
+                high=self.high,
+            )
 
     @property
     def size(self) -> float:
         """The largest magnitude: what symmetric quantization scales by."""
         return max(abs(self.low), abs(self.high))
 
+    @property
+    def empty(self) -> bool:
+        """Whether next to nothing but 0 lies in it, so that no scale can be made of it."""
+        return self.size < _SMALLEST
+
+
+RangeLike: TypeAlias = "Range | float | tuple[float, float]"
+
 
 @dataclass(frozen=True)
 class Calibration:
     """Portable between engines: the Q/DQ graph of each target is derived from it.
 
-    `ranges` go by tensor name. `method` says how they were found, `samples` from how many calls,
-    `model` is the content hash of the graph they belong to.
+    `ranges` go by tensor name, none of them is empty. `method` says how they were found, `samples`
+    from how many calls, `model` is the content hash of the graph they belong to, and `tensors` are
+    the names in its main graph, as far as they are known. `notes` are sentences on what was odd.
     """
 
     ranges: Mapping[str, Range]
@@ -33,6 +91,260 @@ class Calibration:
     samples: int
     model: str
     notes: tuple[str, ...] = field(default=())
+    tensors: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranges", MappingProxyType(dict(self.ranges)))
+        object.__setattr__(self, "tensors", frozenset(self.tensors))
+
+    @classmethod
+    def from_ranges(
+        cls, model: Model | ModelSource, ranges: Mapping[str, RangeLike]
+    ) -> Calibration:
+        """Ranges given by hand for tensors of a network: (low, high), or the largest magnitude.
+
+        Raises OptionError for a name that its main graph lacks and for what is no range, ModelError
+        for a model without ONNX graph, BackendUnavailable without the onnx package.
+        """
+        from unirt.precision.watch import graph_names  # which stands above this module
+
+        digest, names = graph_names(Model.open(model))
+        return cls({}, BY_HAND, 0, digest, tensors=names).with_ranges(ranges)
+
+    def with_ranges(self, ranges: Mapping[str, RangeLike]) -> Calibration:
+        """The same with these ranges in place of what was found: (low, high), or the largest
+        magnitude.
+
+        Raises OptionError for what is no range, for an empty one, and for names that the network
+        lacks where its names are known.
+        """
+        given = {name: _given(name, value) for name, value in ranges.items()}
+        if self.tensors:
+            check_names(given, self.tensors)
+        notes = self.notes
+        if self.method != BY_HAND and given:
+            listed = ", ".join(map(repr, given))
+            notes += (f"Given by hand, not found by {self.method}: the range of {listed}.",)
+        return replace(self, ranges={**self.ranges, **given}, notes=notes)
+
+    def check(self, model: Model | ModelSource) -> tuple[str, ...]:
+        """Sentences on why these ranges may not suit that model; logged too. None for its own.
+
+        A network that was exported again or simplified keeps names, so that another content hash
+        alone is no error. Raises ModelError if the model has no tensor of any of the names.
+        """
+        from unirt.precision.watch import graph_names
+
+        source = Model.open(model)
+        file = source.file(["onnx"])
+        if file is not None and file.hash == self.model:
+            return ()
+        _, names = graph_names(source)
+        missing = [name for name in self.ranges if name not in names]
+        if self.ranges and len(missing) == len(self.ranges):
+            raise ModelError(
+                f"The calibration is not one of {source.name}.",
+                f"It has ranges of {len(missing)} tensors, such as {missing[0]!r}, and the model "
+                "has no tensor of any of these names.",
+                "Calibrate this model, or use the one that was calibrated.",
+                missing=tuple(missing),
+            )
+        notes = [f"The ranges were found on another version of {source.name}: its hash differs."]
+        if missing:
+            notes.append(
+                f"{len(missing)} of {len(self.ranges)} calibrated tensors are not in "
+                f"{source.name}, such as {missing[0]!r}."
+            )
+        for note in notes:
+            logger.warning("%s", note)
+        return tuple(notes)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes a readable JSON file, a line for each range, and returns its path.
+
+        Replaces what is there, whole or not at all. Raises DataError where it cannot be written.
+        """
+        path = Path(path)
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "method": self.method,
+            "samples": self.samples,
+            "model": self.model,
+            "notes": list(self.notes),
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+        ranges = (
+            f"    {json.dumps(name)}: [{float(one.low)!r}, {float(one.high)!r}]"
+            for name, one in self.ranges.items()
+        )
+        names = (f"    {json.dumps(name)}" for name in sorted(self.tensors))
+        blocks = [
+            '  "ranges": {\n' + ",\n".join(ranges) + "\n  },",
+            '  "tensors": [\n' + ",\n".join(names) + "\n  ]",
+        ]
+        text = "\n".join(["{", *lines, *blocks, "}"]) + "\n"
+        written = ""
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+            ) as file:
+                written = file.name
+                file.write(text)
+            Path(written).replace(path)
+        except OSError as error:
+            if written:
+                Path(written).unlink(missing_ok=True)
+            raise DataError(
+                f"The calibration cannot be saved to {path}.",
+                f"{error.strerror or error}.",
+                "Choose a file in a folder that can be written to.",
+                path=path,
+            ) from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """What `save` wrote, every value checked. Raises DataError."""
+        path = Path(path)
+        return _Reader(path).calibration(_read(path))
+
+
+def check_names(names: Iterable[str], known: Iterable[str], what: str = "tensor") -> None:
+    """Raises OptionError for the first name that is not known, with the nearest one that is."""
+    known = set(known)
+    for name in names:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(str(name), known, n=1)
+        raise OptionError(
+            f"There is no {what} {name!r} in the network.",
+            f"Its main graph has {len(known)} others.",
+            f"Did you mean {near[0]!r}?" if near else "Look its names up in the ONNX graph.",
+            name=name,
+        )
+
+
+def _given(name: str, given: RangeLike) -> Range:
+    value = _plain(given)
+    if isinstance(value, Range):
+        found = value
+    elif not isinstance(value, tuple | list):
+        size = Range(0, value).high
+        found = Range(-size, size)
+    elif len(value) == 2:
+        found = Range(_plain(value[0]), _plain(value[1]))
+    else:
+        raise OptionError(
+            f"The range of {name!r} is {value!r}.",
+            "A range is a lower and an upper end, or one number: the largest magnitude.",
+            f"Write for example {{{name!r}: (-1.5, 4.0)}}.",
+            name=name,
+        )
+    if found.empty:
+        raise OptionError(
+            f"The range of {name!r} is {found.low!r} to {found.high!r}.",
+            "Nothing but 0 lies in it, so that no scale can be made of it.",
+            "Give the values that the tensor may take.",
+            name=name,
+        )
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's; others as they are, for Range to judge."""
+    plain = getattr(value, "tolist", None)
+    return plain() if callable(plain) else value
+
+
+def _read(path: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name stands in it twice")
+        return found
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
+        return json.loads(data.decode(), parse_constant=refuse, object_pairs_hook=unique)
+    except OSError as error:
+        raise DataError(
+            f"The calibration {path} cannot be read.",
+            f"{error.strerror or error}.",
+            "Check the path, or calibrate again and save to it.",
+            path=path,
+        ) from error
+    except (ValueError, RecursionError) as error:  # of Unicode and of JSON too
+        raise DataError(
+            f"{path.name} is no calibration.",
+            f"It is not the JSON that Calibration.save writes, or it is damaged: {error}.",
+            "Calibrate again, and save.",
+            path=path,
+        ) from error
+
+
+class _Reader:
+    """Judges what a file holds, piece by piece."""
+
+    _KEYS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+        "format": (lambda value: value == FORMAT, repr(FORMAT)),
+        "version": (lambda value: value is not True and value == VERSION, str(VERSION)),
+        "method": (lambda value: isinstance(value, str) and value != "", "a text"),
+        "samples": (lambda value: type(value) is int and value >= 0, "a count"),
+        "model": (
+            lambda value: (
+                isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+            ),
+            "a SHA-256 of 64 digits",
+        ),
+        "notes": (lambda value: _texts(value), "a list of texts"),
+        "ranges": (lambda value: isinstance(value, dict), "ranges by tensor name"),
+        "tensors": (lambda value: _texts(value), "a list of tensor names"),
+    }
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def calibration(self, content: Any) -> Calibration:
+        if not isinstance(content, dict):
+            raise self._wrong("The whole of it is no JSON object")
+        for key, (fits, wanted) in self._KEYS.items():
+            if key not in content:
+                raise self._wrong(f"{key!r} is missing")
+            if not fits(content[key]):
+                raise self._wrong(f"{key!r} is {str(content[key])[:60]!r}, not {wanted}")
+        if extra := content.keys() - self._KEYS.keys():
+            raise self._wrong(f"{min(extra)!r} means nothing")
+        tensors = frozenset(content["tensors"])
+        ranges = {name: self._range(name, value) for name, value in content["ranges"].items()}
+        if tensors and (strange := ranges.keys() - tensors):
+            raise self._wrong(f"{min(strange)!r} has a range, and is not among the tensors")
+        notes = tuple(content["notes"])
+        method, samples, model = content["method"], content["samples"], content["model"]
+        return Calibration(ranges, method, samples, model, notes, tensors)
+
+    def _range(self, name: str, value: Any) -> Range:
+        if not isinstance(value, list) or len(value) != 2:
+            raise self._wrong(f"the range of {name!r} is no pair of numbers")
+        try:
+            return _given(name, (value[0], value[1]))
+        except OptionError as error:
+            raise self._wrong(f"the range of {name!r} is {str(value)[:60]}: {error}") from error
+
+    def _wrong(self, why: str) -> DataError:
+        return DataError(
+            f"{self._path.name} is no calibration that can be used.",
+            f"{why[0].upper()}{why[1:]}{'' if why.endswith('.') else '.'}",
+            "Calibrate again, and save; a file of a newer UniRT needs that version.",
+            path=self._path,
+        )
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -1,0 +1,222 @@
+"""Which values the tensors of a network take on real inputs, and the ranges made of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from unirt.arrays import admit, describe
+from unirt.data import DataSource, Feed, Samples, load_samples
+from unirt.errors import DataError, InputError, OptionError
+from unirt.model import Model, ModelSource
+from unirt.precision.histogram import BINS, PERCENTILE, Histogram, Method, check_method
+from unirt.precision.ranges import Calibration, Range
+from unirt.precision.watch import Watcher
+from unirt.types import TensorSpec
+
+CalibrationData: TypeAlias = "DataSource | Samples | Iterable[Any]"
+
+MEMORY: Final = 2**30
+_ROWS: Final = 8  # samples of an array that one call takes, where the model leaves that open
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Histograms of a network's tensors over all samples, from which any method's ranges follow.
+
+    They are kept by tensor name, in the order of the graph, and hold no activations. `samples`
+    counts those of an array, or calls; `model` is the content hash of the ONNX file, `tensors` are
+    the names in its main graph, `engine` is what ran it, `groups` in how many runs a call.
+    """
+
+    histograms: Mapping[str, Histogram]
+    samples: int
+    model: str
+    tensors: frozenset[str]
+    engine: str
+    groups: int
+    notes: tuple[str, ...]
+
+    def calibration(self, method: Method = "mse", *, percentile: float = PERCENTILE) -> Calibration:
+        """The range of each tensor by that method; see `calibrate`. Raises OptionError."""
+        check_method(method, percentile)
+        notes = list(self.notes)
+        ranges = {}
+        for name, histogram in self.histograms.items():
+            found = histogram.range_by(method, percentile)
+            if found.empty:
+                notes.append(
+                    f"{name!r} is 0 in every sample: its range is -1 to 1, so that its scale is "
+                    "none of 0."
+                )
+                found = Range(-1.0, 1.0)
+            elif histogram.low == histogram.high:
+                notes.append(f"{name!r} is {histogram.low:.6g} in every sample.")
+            ranges[name] = found
+        how = f"percentile {percentile:g}" if method == "percentile" else method
+        return Calibration(ranges, how, self.samples, self.model, tuple(notes), self.tensors)
+
+
+def calibrate(
+    model: Model | ModelSource,
+    data: CalibrationData,
+    *,
+    method: Method = "mse",
+    percentile: float = PERCENTILE,
+    tensors: Collection[str] | None = None,
+    bins: int = BINS,
+    memory: int = MEMORY,
+    engine: str | None = None,
+) -> Calibration:
+    """The range of every float32 tensor of the network's main graph, from its values on `data`.
+
+    - `max`: all of the values.
+    - `mse`: between the thresholds +-T for which int8, symmetric and rounded to nearest, has the
+      smallest squared error. Searched as NVIDIA's calibrators for fake quantization do.
+    - `entropy`: between the thresholds for which a coarser histogram keeps most information:
+      TensorRT's published method (Migacz, GTC 2017), in the details ONNX Runtime's. Narrow where
+      no value is negative, as behind a ReLU: measure before you use it.
+    - `percentile`: that percentage of the values, what is cut being divided between both sides.
+
+    All are limited to the values seen; +-T becomes 0 to T where nothing is negative. For more than
+    one method `observe` once; benchmarks/calibration.py shows what each is worth.
+
+    `data`, `tensors`, `bins`, `memory`, `engine` and the errors are those of `observe`.
+    """
+    check_method(method, percentile)
+    observed = observe(model, data, tensors=tensors, bins=bins, memory=memory, engine=engine)
+    return observed.calibration(method, percentile=percentile)
+
+
+def observe(
+    model: Model | ModelSource,
+    data: CalibrationData,
+    *,
+    tensors: Collection[str] | None = None,
+    bins: int = BINS,
+    memory: int = MEMORY,
+    engine: str | None = None,
+) -> Observations:
+    """Histograms of the values that the network's float32 tensors take on `data`, in one pass.
+
+    `data` is an iterable of inputs as `Session.run` takes them, each one sample, of any shapes that
+    the model takes; it is read once, so that a generator will do. Or it is what `load_samples`
+    reads, a .npz or .npy file or a mapping of arrays with samples along axis 0; labels are ignored,
+    and where the model's batch is fixed the last call is filled up with samples from the start.
+
+    Only tensors of the main graph that depend on its inputs are watched, or those of them that
+    `tensors` names. Their values are counted and dropped: if those of one call would take more than
+    `memory` bytes, each call is run several times, for a part of the tensors each. A histogram
+    takes 64 bytes for each of `bins`, a power of two.
+
+    The network runs on `engine`, a candidate without precision, or on the CPU by the first of
+    onnxruntime, openvino and reference that is here.
+
+    Raises DataError without data and for NaN and infinities (`tensor`, `sample` from 0), with one
+    exception: -inf in a tensor that neither a convolution nor a matrix product reads, as in masks,
+    costs it its range, with a note. InputError for inputs that do not fit; ModelError for a model
+    without an ONNX graph, one that is quantized, or in half precision; OptionError, NoBackend,
+    BackendUnavailable without the onnx package, BackendError. What `data` itself raises is passed
+    on.
+    """
+    source = Model.open(model)
+    if type(memory) is not int or memory < 1:
+        raise OptionError(
+            f"Calibration cannot do with {memory!r} bytes of memory.",
+            "It is how many the watched tensors of one call may take.",
+            f"Give a positive whole number, for example {MEMORY}.",
+            memory=memory,
+        )
+    empty = Histogram(bins)  # refuses what cannot be, before anything is run
+    calls = _calls(source.inputs, data)
+    watcher = Watcher(source, tensors, engine, memory)
+    try:
+        watched = watcher.watched
+        histograms = {name: Histogram(empty.bins) for name in (*watched.inputs, *watched.inner)}
+        masked: set[str] = set()
+        samples = 0
+        for feed, count in calls:
+            for name, values in watcher.show(feed):
+                if name in masked or histograms[name].add(values):
+                    continue
+                if name in watched.strict or not _only_masked(values):
+                    raise _not_finite(name, values, samples, count)
+                masked.add(name)
+            samples += count
+    finally:
+        watcher.close()
+    if not samples:
+        raise DataError(
+            f"There is no data to calibrate {source.name} with.",
+            "The iterable gave no sample. A generator that was used before is empty.",
+            "Give at least one sample, better some hundred that are like those to come.",
+        )
+    notes = list(watched.notes)
+    notes += [f"{name!r} holds -inf, as masks do: it has no range." for name in sorted(masked)]
+    for name in [name for name, histogram in histograms.items() if not histogram.values]:
+        if name not in masked:
+            notes.append(f"{name!r} has no element in any sample: it has no range.")
+        masked.add(name)
+    return Observations(
+        MappingProxyType({n: one for n, one in histograms.items() if n not in masked}),
+        samples,
+        watcher.hash,
+        watcher.tensors,
+        watcher.engine,
+        watcher.groups,
+        tuple(notes),
+    )
+
+
+def _calls(specs: tuple[TensorSpec, ...], data: CalibrationData) -> Iterator[tuple[Feed, int]]:
+    """The inputs of each call, checked, and how many samples they are."""
+    if isinstance(data, str | os.PathLike | Mapping | np.ndarray):
+        data = load_samples(specs, data)
+    if isinstance(data, Samples):
+        size = data.call_size(None, min(_ROWS, data.count))
+        return ((batch.inputs, batch.count) for batch in data.batches(size))
+    if not isinstance(data, Iterable):
+        raise DataError(
+            f"The calibration data is {describe(data)}.",
+            "Inputs of many calls are wanted.",
+            "Give an iterable of inputs, a .npz file, or a mapping of arrays.",
+        )
+    return _admitted(specs, data)
+
+
+def _admitted(specs: tuple[TensorSpec, ...], data: Iterable[Any]) -> Iterator[tuple[Feed, int]]:
+    for sample, inputs in enumerate(data):
+        try:
+            yield admit(inputs, specs, "cpu"), 1
+        except InputError as error:
+            facts = {**error.facts, "sample": sample}
+            raise InputError(
+                f"In sample {sample}: {error.what}", error.why, error.remedy, **facts
+            ) from error
+
+
+def _only_masked(values: np.ndarray[Any, Any]) -> bool:
+    return not bool(np.isnan(values).any() or np.isposinf(values).any())
+
+
+def _not_finite(name: str, values: np.ndarray[Any, Any], sample: int, count: int) -> DataError:
+    finite = np.isfinite(values)
+    wrong = values[~finite]
+    if count > 1 and values.shape[:1] >= (count,):  # samples lie along the first axis
+        rows = finite.reshape(len(values), -1).all(axis=1)
+        sample += int(np.argmin(rows)) % count
+    found = "NaN" if np.isnan(wrong).any() else str(wrong[0])
+    return DataError(
+        f"The tensor {name!r} holds {found} in sample {sample}.",
+        f"{wrong.size:,} of its {values.size:,} values there are not finite, and no range can hold "
+        "them.",
+        "Look at that sample first; samples count from 0. If the data is right, the network "
+        "overflows: its answers cannot be right either.",
+        tensor=name,
+        sample=sample,
+    )
