@@ -167,7 +167,10 @@ class Runtime:
             known = self._store.load()
             if known:
                 with self.library.capture() as messages:
-                    if not cache.deserialize(known):
+                    if cache.deserialize(known):
+                        # The first calls compile little then, and writing it all would delay them.
+                        self._saved = time.monotonic()
+                    else:
                         log.info("the runtime cache does not fit here: %s", told(messages))
             config.set_runtime_cache(cache)
         elif plain and getattr(self, "_runtime_cache", None) is not None:
