@@ -1,0 +1,340 @@
+"""Writes a placement into a graph: weights as small integers or floats, Q/DQ pairs around tensors.
+
+Everything follows ONNX's definitions of QuantizeLinear and DequantizeLinear: q = round(x / scale) +
+zero point, saturated to the type. Scales are float32, and never 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from unirt.precision.placement import Placement, Weight
+from unirt.precision.prepare import Graph
+from unirt.precision.ranges import Range
+from unirt.precision.recipes import Recipe
+
+if TYPE_CHECKING:
+    import onnx
+
+Array = np.ndarray[Any, Any]
+
+# Numbers of onnx.TensorProto.
+_UINT8, _INT8, _INT32, _FP8, _INT4 = 2, 3, 6, 17, 22
+_TINY: Final = 1e-30
+"""Weights and values below this are none: their scale would leave float32's normal numbers."""
+_BIAS_LIMIT: Final = 2.0**30  # half of what int32 holds, so that a sum still fits
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type to quantize to: its number in ONNX, its name in names, and its largest value."""
+
+    number: int
+    name: str
+    limit: float
+
+
+FP8: Final = Kind(_FP8, "fp8", 448.0)
+INT4: Final = Kind(_INT4, "int4", 7.0)
+UINT8: Final = Kind(_UINT8, "uint8", 255.0)
+INT8: Final = Kind(_INT8, "int8", 127.0)
+
+
+def write(
+    graph: Graph,
+    placement: Placement,
+    recipe: Recipe,
+    weight_kind: Kind,
+    activation_kind: Kind | None,
+    block: int | None,
+) -> list[str]:
+    """Changes the graph. Returns notes on what could not be quantized as it should."""
+    writer = _Writer(graph, placement, recipe, weight_kind, activation_kind, block)
+    writer.run()
+    return writer.notes
+
+
+class _Writer:
+    def __init__(
+        self,
+        graph: Graph,
+        placement: Placement,
+        recipe: Recipe,
+        weight_kind: Kind,
+        activation_kind: Kind | None,
+        block: int | None,
+    ) -> None:
+        self._graph = graph
+        self._placement = placement
+        self._recipe = recipe
+        self._weight_kind = weight_kind
+        self._activation_kind = activation_kind
+        self._block = block
+        self._parameters: dict[str, tuple[np.float32, int]] = {}
+        self._pairs: dict[str, list[onnx.NodeProto]] = {}  # by the tensor they quantize
+        self._before: dict[str, list[onnx.NodeProto]] = {}  # by the node that reads them first
+        self._written: dict[tuple[str, int, int | None, bytes], str] = {}
+        self.notes: list[str] = []
+
+    def run(self) -> None:
+        for name, range_ in self._placement.ranges.items():
+            self._parameters[name] = self._activation_parameters(name, range_)
+        dead: list[str] = []
+        for weight in self._placement.weights:
+            self._write_weight(weight, dead)
+        if dead:
+            shown = ", ".join(dead[:3]) + ("…" if len(dead) > 3 else "")
+            self.notes.append(
+                f"output channels whose weights are all 0 got the scale of the others: {shown}"
+            )
+        for name, readers in self._placement.readers.items():
+            self._write_pair(name, readers)
+        self._order()
+
+    # Weights
+
+    def _write_weight(self, weight: Weight, dead: list[str]) -> None:
+        array = self._graph.array(weight.name)
+        assert array is not None
+        if weight.blocked is None:
+            scale, count = self._channel_scales(weight, array)
+        else:
+            scale, count = self._block_scales(weight, array)
+        if count:
+            dead.append(f"{count} of {weight.name!r}")
+        key = weight.name, weight.axis, weight.blocked, scale.tobytes()
+        if key not in self._written:
+            self._written[key] = self._dequantized(weight, array, scale)
+        weight.node.input[weight.position] = self._written[key]
+        if self._recipe.integer_bias and weight.blocked is None:
+            self._write_bias(weight.node, scale)
+
+    def _write_bias(self, node: onnx.NodeProto, scale: Array) -> None:
+        """The bias as int32 in multiples of activation scale times weight scale, where it is one
+        value for each channel: the sums of integers that it is added to count in these.
+        """
+        from onnx import helper
+
+        parameters = self._parameters.get(node.input[0])
+        factors = {a.name: a.f for a in node.attribute if a.name in ("alpha", "beta")}
+        bias = self._graph.array(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        if bias is None or parameters is None or bias.shape != scale.shape:
+            return
+        if any(factor != 1 for factor in factors.values()) or not np.isfinite(bias).all():
+            return
+        unit = (scale * parameters[0]).astype(np.float32)
+        if not (unit > 0).all():
+            return
+        whole = np.rint(bias.astype(np.float64) / unit)
+        name = node.input[2]
+        inputs = [
+            self._graph.add_tensor(_tensor(f"{name}__int32", whole, _INT32)),
+            self._graph.add(f"{name}__scale", unit),
+        ]
+        made = self._graph.names.fresh(f"{name}__dequantized")
+        label = self._graph.node_names.fresh(f"{name}__dequantize")
+        dequantize = helper.make_node("DequantizeLinear", inputs, [made], label, axis=0)
+        self._before.setdefault(node.name, []).append(dequantize)
+        node.input[2] = made
+
+    def _channel_scales(self, weight: Weight, array: Array) -> tuple[Array, int]:
+        others = tuple(at for at in range(array.ndim) if at != weight.axis)
+        largest = np.abs(array).max(axis=others).astype(np.float64)
+        dead = largest < _TINY
+        # A dead channel still has a bias, which some engines write in multiples of this scale.
+        largest[dead] = largest.max() if not dead.all() else 1.0
+        scale = largest / self._weight_kind.limit
+        if self._recipe.pair_limit and self._activation_kind is not None:
+            # Rounding, the balanced one included, adds less than 1 to each of the two.
+            scale = np.maximum(scale, _pairs(weight, array) / (self._recipe.pair_limit - 2))
+        scale = np.maximum(scale, self._bias_floor(weight, scale.size))
+        return scale.astype(np.float32), int(dead.sum())
+
+    def _bias_floor(self, weight: Weight, channels: int) -> Array:
+        """Scales below these would make the biases overflow int32, where they become that."""
+        node = weight.node
+        floor = np.zeros(channels)
+        if not self._recipe.integer_bias or len(node.input) < 3 or not node.input[2]:
+            return floor
+        bias = self._graph.array(node.input[2])
+        parameters = self._parameters.get(node.input[0])
+        if bias is None or parameters is None or not np.isfinite(bias).all():
+            return floor
+        size = np.broadcast_to(np.abs(bias.astype(np.float64)).max(initial=0), channels)
+        if bias.shape == (channels,):
+            size = np.abs(bias.astype(np.float64))
+        return size / (float(parameters[0]) * _BIAS_LIMIT)
+
+    def _block_scales(self, weight: Weight, array: Array) -> tuple[Array, int]:
+        assert self._block is not None
+        assert weight.blocked is not None
+        axis, block = weight.blocked, self._block
+        shape = list(array.shape)
+        shape[axis : axis + 1] = [shape[axis] // block, block]
+        largest = np.abs(array.reshape(shape)).max(axis=axis + 1).astype(np.float64)
+        largest[largest < _TINY] = max(float(largest.max()), 1.0 if not largest.any() else _TINY)
+        return (largest / self._weight_kind.limit).astype(np.float32), 0
+
+    def _dequantized(self, weight: Weight, array: Array, scale: Array) -> str:
+        """The name of the tensor that a DequantizeLinear makes of the small weight."""
+        from onnx import helper
+
+        kind = self._weight_kind
+        axis = weight.axis if weight.blocked is None else weight.blocked
+        spread = (
+            scale.reshape([-1 if at == axis else 1 for at in range(array.ndim)])
+            if weight.blocked is None
+            else np.repeat(scale, self._block or 1, axis)
+        )
+        values = np.clip(array / spread, -kind.limit, kind.limit)
+        if kind.number != _FP8:
+            values = rounded(values, weight.axis, kind.limit)
+        small = self._graph.add_tensor(_tensor(f"{weight.name}__{kind.name}", values, kind.number))
+        inputs = [small, self._graph.add(f"{weight.name}__scale", scale)]
+        attributes: dict[str, Any] = {"axis": axis}
+        if weight.blocked is None:
+            zeros = np.zeros(scale.shape, np.float32)
+            zero = _tensor(f"{weight.name}__zero_point", zeros, kind.number)
+            inputs.append(self._graph.add_tensor(zero))
+        else:
+            attributes["block_size"] = self._block or 1
+        made = self._graph.names.fresh(f"{weight.name}__dequantized")
+        label = self._graph.node_names.fresh(f"{weight.name}__dequantize")
+        node = helper.make_node("DequantizeLinear", inputs, [made], label, **attributes)
+        self._before.setdefault(weight.node.name, []).append(node)
+        return made
+
+    # Activations
+
+    def _activation_parameters(self, name: str, range_: Range) -> tuple[np.float32, int]:
+        """Scale and zero point of a tensor."""
+        assert self._activation_kind is not None
+        low, high = range_.low, range_.high
+        low, high = min(low, 0.0), max(high, 0.0)  # 0 must be exact: it pads
+        if range_.empty:
+            self.notes.append(f"{name!r} is 0 throughout its range, so its scale is 1")
+            return np.float32(1), 0
+        if self._activation_kind.number != _UINT8:
+            return np.float32(max(-low, high) / self._activation_kind.limit), 0
+        scale = (high - low) / 255
+        return np.float32(scale), int(np.clip(np.rint(-low / scale), 0, 255))
+
+    def _write_pair(self, name: str, readers: list[tuple[onnx.NodeProto, int]]) -> None:
+        from onnx import helper
+
+        kind = self._activation_kind
+        assert kind is not None
+        graph = self._graph
+        scale, zero = self._parameters[name]
+        source, result = name, graph.names.fresh(f"{name}__dequantized")
+        if name in graph.outputs and self._recipe.outputs and name in graph.makers:
+            # The output keeps its name, and what makes it gives integers like everything else.
+            source, result = graph.names.fresh(f"{name}__float"), name
+            maker = graph.makers[name]
+            maker.output[:] = [source if n == name else n for n in maker.output]
+        else:
+            for reader, position in readers:
+                reader.input[position] = result
+        small = graph.names.fresh(f"{name}__{kind.name}")
+        parameters = [
+            graph.add(f"{name}__scale", np.array(scale)),
+            graph.add_tensor(_tensor(f"{name}__zero_point", np.array(float(zero)), kind.number)),
+        ]
+        self._pairs[name] = [
+            helper.make_node(
+                "QuantizeLinear",
+                [source, *parameters],
+                [small],
+                graph.node_names.fresh(f"{name}__quantize"),
+            ),
+            helper.make_node(
+                "DequantizeLinear",
+                [small, *parameters],
+                [result],
+                graph.node_names.fresh(f"{name}__dequantize"),
+            ),
+        ]
+
+    def _order(self) -> None:
+        """Puts each new node behind what makes its input, in front of what reads it."""
+        nodes: list[onnx.NodeProto] = []
+        behind = {pair[0].input[0]: pair for pair in self._pairs.values()}
+        made = {name for node in self._graph.nodes for name in node.output}
+        for source, pair in behind.items():
+            if source not in made:
+                nodes += pair
+        for node in self._graph.nodes:
+            nodes += self._before.get(node.name, [])
+            nodes.append(node)
+            for name in node.output:
+                nodes += behind.get(name, [])
+        self._graph.nodes = nodes
+
+
+def _pairs(weight: Weight, array: Array) -> Array:
+    """The largest magnitude, for each channel, of the sum of two weights that a kernel may add.
+
+    Kernels go through a matrix or a convolution's input channels, four at a time, in order, or
+    through the places of its window. Where channels are no multiple of four it may be any two.
+    """
+    rows = np.moveaxis(array, weight.axis, 0).astype(np.float64)
+    rows = rows.reshape(*rows.shape[:2], -1) if rows.ndim > 1 else rows.reshape(-1, 1, 1)
+    if rows.shape[1] % 4 or (weight.node.op_type == "MatMul" and array.ndim != 2):
+        return np.asarray(2 * np.abs(rows).max(axis=(1, 2)))
+    sums = [np.abs(rows[:, 1:] + rows[:, :-1]).max(axis=(1, 2))]
+    flat = rows.reshape(len(rows), -1)
+    sums.append(np.abs(flat[:, 1:] + flat[:, :-1]).max(axis=1))
+    return np.asarray(np.maximum(*sums))
+
+
+def rounded(values: Array, axis: int, limit: float) -> Array:
+    """Whole numbers beside `values`, whose errors cancel out within each channel along `axis`.
+
+    Behind a ReLU all inputs are positive, so that errors of one sign would add up to a shift of
+    the whole channel. First within each kernel of a convolution, then within each channel, as many
+    values as the sum of the errors says are rounded the other way: those nearest to the middle.
+    Published as SQuant (Guo et al., 2022), which needs no data.
+    """
+    wanted = np.moveaxis(values, axis, 0)
+    whole = np.rint(wanted)
+    kernel = int(np.prod(wanted.shape[2:], dtype=np.int64))
+    for width in (kernel, wanted[0].size):
+        if width > 1:
+            rows = wanted.reshape(-1, width)
+            whole = _balanced(rows, whole.reshape(-1, width), limit).reshape(wanted.shape)
+    return np.moveaxis(whole, 0, axis)
+
+
+def _balanced(wanted: Array, whole: Array, limit: float) -> Array:
+    """Moves as many numbers of each row by 1 as its errors add up to, each towards its own value
+    and at most to the other side of it.
+    """
+    error = whole - wanted
+    total = np.rint(error.sum(axis=1, keepdims=True))
+    step = -np.sign(total)
+    # Its new error; what would leave the range, is exact or was moved already stays as it is, so
+    # that zeros of a sparse weight remain.
+    cost = np.abs(error + step)
+    cost[(np.abs(whole + step) > limit) | (cost >= 1)] = np.inf
+    rank = np.argsort(np.argsort(cost, axis=1), axis=1)
+    moved = (rank < np.abs(total)) & np.isfinite(cost)
+    return np.asarray(whole + step * moved)
+
+
+def _tensor(name: str, values: Array, number: int) -> onnx.TensorProto:
+    """A tensor of a small type. int4 is packed two to a byte, the first in the lower half."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    if number == _INT4:
+        nibbles = values.astype(np.int8).reshape(-1).view(np.uint8) & 0xF
+        nibbles = np.append(nibbles, np.zeros(nibbles.size % 2, np.uint8))
+        packed = (nibbles[0::2] | nibbles[1::2] << 4).astype(np.uint8)
+        tensor = TensorProto(name=name, dims=values.shape, data_type=number)
+        tensor.raw_data = packed.tobytes()
+        return tensor
+    dtype = helper.tensor_dtype_to_np_dtype(number)
+    wide = values if number == _INT32 else values.astype(np.float32)
+    return numpy_helper.from_array(wide.astype(dtype), name)

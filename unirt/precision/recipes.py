@@ -1,0 +1,109 @@
+"""How each kind of target wants a graph quantized. Facts here, all rewriting elsewhere."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal
+
+from unirt.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a target computes fast and right: `why` says so in a sentence.
+
+    `precisions` are those it has. `asymmetric` quantizes int8 activations to uint8 with a true zero
+    point, else to int8 around 0. `pair_limit`: how much two neighbouring int8 weights may add up
+    to, where the target adds their products in 16 bits.
+    `operators` compute in the low precision where their second input is a constant.
+
+    `residual` says which inputs of an Add behind a convolution are quantized: the "skip" branch,
+    where the Add fuses into the convolution of the other one, or "both", where Add has a kernel of
+    its own. `outputs`: results of convolutions, after their activation, are quantized too, with
+    what pools, moves or joins them, since kernels take and give integers. `integer_bias`: the
+    target turns biases into int32 of scale activation times weight, which must not overflow.
+    `matrix_vector`: also products with a single row or column, which read more than they compute.
+    """
+
+    name: str
+    why: str
+    precisions: tuple[str, ...]
+    operators: tuple[str, ...]
+    asymmetric: bool = False
+    pair_limit: int | None = None
+    residual: Literal["skip", "both", "none"] = "none"
+    outputs: bool = False
+    integer_bias: bool = False
+    matrix_vector: bool = False
+
+
+_WEIGHTS_ONLY: Final = ("int8-weights", "int4-weights")
+
+TENSORRT: Final = Recipe(
+    "tensorrt",
+    "TensorRT takes int8 around zero only, fuses a convolution with its activation and the Add "
+    "behind it, and an attention as a whole: Q/DQ in between would part them.",
+    ("int8", "fp8", *_WEIGHTS_ONLY),
+    ("Conv", "ConvTranspose", "Gemm", "MatMul"),
+    residual="skip",
+)
+CPU: Final = Recipe(
+    "cpu",
+    "Without VNNI, two products of uint8 and int8 are added in int16, which saturates where their "
+    "weights are beyond 128 together; kernels take uint8 activations and give them.",
+    ("int8", *_WEIGHTS_ONLY),
+    ("Conv", "Gemm", "MatMul"),
+    asymmetric=True,
+    pair_limit=128,
+    residual="both",
+    outputs=True,
+    integer_bias=True,
+    matrix_vector=True,
+)
+CPU_VNNI: Final = Recipe(
+    "cpu-vnni",
+    "VNNI, AMX and Arm's dot products add uint8 times int8 in int32, so weights have all 8 bits.",
+    CPU.precisions,
+    CPU.operators,
+    asymmetric=True,
+    residual="both",
+    outputs=True,
+    integer_bias=True,
+    matrix_vector=True,
+)
+
+RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
+    {recipe.name: recipe for recipe in (TENSORRT, CPU, CPU_VNNI)}
+)
+
+_EXACT_SUMS: Final = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm"})
+
+
+def recipe_for(backend: str, features: Iterable[str] = ()) -> Recipe:
+    """The recipe for a backend on a CPU with these instruction sets, as `Device.facts` names them.
+
+    Every backend but TensorRT is taken for one that computes on the CPU; without any known feature
+    the careful recipe is chosen, since it is right everywhere. TFLite files are quantized by their
+    own tools, not from ONNX.
+    """
+    if backend == "tensorrt":
+        return TENSORRT
+    return CPU if _EXACT_SUMS.isdisjoint(features) else CPU_VNNI
+
+
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """The recipe itself, or the one of that name. Raises OptionError for an unknown name."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe in RECIPES:
+        return RECIPES[recipe]
+    near = difflib.get_close_matches(str(recipe), RECIPES, n=1)
+    raise OptionError(
+        f"There is no recipe {recipe!r}.",
+        f"A graph is quantized by one of {', '.join(RECIPES)}.",
+        f"Did you mean {near[0]!r}?" if near else "Choose one of them, or pass a Recipe.",
+        recipe=recipe,
+    )
