@@ -28,7 +28,7 @@ ORDER = [
     {"precision"},
     {"loading"},
     {"measure"},
-    {"comparison"},
+    {"comparison", "explanation"},
     {"cli", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -90,7 +90,16 @@ def install(site: Path, name: str, code: str) -> str:
 def test_help_and_version() -> None:
     runner = CliRunner()
     assert "unirt 0." in runner.invoke(cli.app, ["--version"]).output
-    for command in ([], ["doctor"], ["inspect"], ["select"], ["build"], ["run"], ["compare"]):
+    for command in (
+        [],
+        ["doctor"],
+        ["inspect"],
+        ["select"],
+        ["build"],
+        ["run"],
+        ["compare"],
+        ["explain"],
+    ):
         shown = runner.invoke(cli.app, [*command, "--help"])
         assert shown.exit_code == 0
         assert "Exit codes: 0 done" in shown.output
@@ -171,8 +180,8 @@ def test_a_shell_completes_candidates_and_options(words: str, expected: list[str
         (["build", MODEL, "-c", "onnxruntime", "--hot", "img=1"], 2, "ProfileError"),
         (["inspect", MODEL, "--times"], 2, "OptionError"),
         (["inspect", MODEL, "--profile", PROFILE], 2, "OptionError"),
-        (["inspect", MODEL, "-c", "onnxruntime"], 1, "BackendUnavailable"),
-        (["inspect", MODEL, "-c", "onnxruntime", "--times"], 1, "BackendUnavailable"),
+        (["inspect", MODEL, "-c", "reference"], 1, "BackendUnavailable"),
+        (["inspect", MODEL, "-c", "reference", "--times"], 1, "BackendUnavailable"),
         (["inspect", MODEL, "-c", "onnxruntime", "-o", "openvino.threads=1"], 2, "OptionError"),
         (["inspect", "nosuch.plan"], 3, "ModelNotFound"),
         (["inspect", "any.plan", "--times"], 2, "OptionError"),

@@ -458,3 +458,23 @@ def test_a_narrow_terminal_loses_no_layer() -> None:
     text = shown(REPORT, 40)
     assert text.count("2 CaskConvolution") >= 2
     assert "float32 NHWC" in text
+
+
+# --- what other engines tell ---------------------------------------------------------------------
+
+
+def test_signed_weights_and_unsigned_activations_multiply_in_eight_bits() -> None:
+    one = layer(
+        "l",
+        kind="QLinearConv",
+        reads=(tensor("x", "uint8"), tensor("residual", "float32")),
+        writes=(Y,),
+        constants=(tensor("w", "int8"),),
+    )
+    assert EngineReport((one,), "optimized graph").precision(one) == "uint8"
+
+
+@pytest.mark.parametrize("kind", ["Reorder", "ReorderInput", "ReorderOutput", "MemcpyToHost"])
+def test_what_engines_call_moving_is_a_reformat(kind: str) -> None:
+    one = layer("l", kind=kind, reads=(X,), writes=(Y,))
+    assert [found.inserted for found in EngineReport((one,), "runtime model").reformats] == [True]

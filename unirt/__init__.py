@@ -55,6 +55,7 @@ from unirt.types import CPU, Availability, Candidate, Device, TensorSpec
 
 if TYPE_CHECKING:
     from unirt.comparison import Comparison, compare
+    from unirt.explanation import Explanation, Finding, explain
 
 __version__ = "0.1.0"
 
@@ -80,6 +81,8 @@ __all__ = [
     "DeviceArray",
     "Engine",
     "EngineReport",
+    "Explanation",
+    "Finding",
     "InputError",
     "Layer",
     "LayerTensor",
@@ -109,6 +112,7 @@ __all__ = [
     "build",
     "compare",
     "devices",
+    "explain",
     "hookimpl",
     "host_devices",
     "load",
@@ -123,4 +127,8 @@ def __getattr__(name: str) -> Any:
         from unirt import comparison
 
         return getattr(comparison, name)
+    if name in ("Explanation", "Finding", "explain"):
+        from unirt import explanation
+
+        return getattr(explanation, name)
     raise AttributeError(f"module 'unirt' has no attribute {name!r}")

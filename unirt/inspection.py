@@ -21,7 +21,8 @@ from unirt.errors import DataError
 # What only changes how numbers are stored or ordered, as engines call it in kinds and operations.
 MOVEMENT = frozenset(
     {"move", "copy", "cast", "transpose", "reshape", "reformat", "shuffle", "concat", "pad"}
-    | {"identity", "noop"}
+    | {"identity", "noop", "reorder", "reorderinput", "reorderoutput"}
+    | {"convert", "memcpytohost", "memcpyfromhost"}
 )
 # Nodes that ask for just that.
 MOVING_NODES = frozenset(
@@ -32,7 +33,10 @@ QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 QUANTIZING_KINDS = frozenset({"quantize", "dequantize", "quantizelinear", "dequantizelinear"})
 # What multiplies matrices, and so has a precision of its own.
 CONTRACTIONS = frozenset({"convolution", "deconvolution", "matmul", "attention"})
-CONTRACTING = re.compile(r"conv|gemm|matmul|einsum|attention|correlation", re.IGNORECASE)
+CONTRACTING = re.compile(r"conv(?!ert)|gemm|matmul|einsum|attention|correlation", re.IGNORECASE)
+
+BYTES = frozenset({"int8", "uint8"})
+"""They multiply each other: activations are often the one, weights the other."""
 
 LOW = (
     "float4_e2m1fn",
@@ -250,7 +254,8 @@ class EngineReport:
             for low in LOW:
                 # An engine may not tell its weights.
                 alone = len(read) == 1 and not layer.constants
-                if low in read and (operands[low] > 1 or alone):
+                pairs = BYTES if low in BYTES else {low}
+                if low in read and (sum(operands[one] for one in pairs) > 1 or alone):
                     return low
         for dtypes in (read, [tensor.dtype for tensor in layer.outputs]):
             for wide in reversed(FLOATS):

@@ -18,6 +18,7 @@ from unirt import (
     Device,
     DeviceArray,
     Engine,
+    EngineReport,
     InputError,
     ModelFile,
     Options,
@@ -26,6 +27,7 @@ from unirt import (
     host_devices,
     option,
 )
+from unirt_onnxruntime import _layers
 
 log = logging.getLogger("unirt.onnxruntime")
 
@@ -130,20 +132,16 @@ class OnnxRuntimeEngine(Engine):
         self._check_provider(provider, device, onnxruntime.get_available_providers())
         if device.kind == "cuda" and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()
-        settings = _session_options(onnxruntime, device, options)
         own = dict(options.provider_options)
         if device.kind == "cuda":
             own["device_id"] = str(device.index or 0)
             own.setdefault("use_tf32", str(int(options.tf32)))
-        providers: list[Any] = [(provider, own)]
+        self._providers: list[Any] = [(provider, own)]
         if device.kind != "cpu":
-            providers.append(PROVIDERS["cpu"])
+            self._providers.append(PROVIDERS["cpu"])
+        self._settings, self._target, self._source = options, device, file
         # Weights beside the model are found relative to its path, so such a model goes in by path.
-        source = str(file.path) if file.external else file.read()
-        self.native = onnxruntime.InferenceSession(
-            source, settings, providers=providers, enable_fallback=0
-        )
-        self.native.disable_fallback()
+        self.native = self._open(str(file.path) if file.external else file.read())
         self._check_provider(provider, device, self.native.get_providers())
         nodes = self._count_nodes(provider, device, options)
         self._facts = {
@@ -152,9 +150,28 @@ class OnnxRuntimeEngine(Engine):
             "nodes": nodes,
             "threads": options.threads,
         }
-        self._settings = options
         self._file_inputs, self._file_outputs = file.inputs, file.outputs
-        self._target = device
+
+    def _open(
+        self,
+        source: str | bytes,
+        change: Callable[[Any], None] | None = None,
+        *,
+        optimized: bool = False,
+    ) -> Any:
+        """A session of its own, `change` having had its settings; `optimized` ones stay as is."""
+        import onnxruntime
+
+        settings = _session_options(onnxruntime, self._target, self._settings)
+        if optimized:
+            settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if change is not None:
+            change(settings)
+        native = onnxruntime.InferenceSession(
+            source, settings, providers=self._providers, enable_fallback=0
+        )
+        native.disable_fallback()
+        return native
 
     def _check_provider(self, provider: str, device: Device, active: list[str]) -> None:
         # A provider whose libraries do not load is dropped with a line on stderr, nothing more.
@@ -192,7 +209,19 @@ class OnnxRuntimeEngine(Engine):
         return dict(nodes)
 
     def _new_session(self) -> Session:
-        return OnnxRuntimeSession(self)
+        return OnnxRuntimeSession(self, self.native)
+
+    def _inspect(self) -> EngineReport:
+        return _layers.inspect(self._source, self._open, self._placed())
+
+    def _placed(self) -> dict[str, str]:
+        """The provider of each node that has a name."""
+        return {
+            node.name: _layers.short(part.ep_name)
+            for part in self.native.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+            if node.name
+        }
 
     def _close(self) -> None:
         del self.native
@@ -231,11 +260,11 @@ def _session_options(onnxruntime: Any, device: Device, options: OnnxRuntimeOptio
 class OnnxRuntimeSession(Session):
     concurrent = True
 
-    def __init__(self, engine: OnnxRuntimeEngine) -> None:
-        self._native = engine.native
+    def __init__(self, engine: OnnxRuntimeEngine, native: Any) -> None:
+        self._native = native
         # The C session beneath: the public `run` checks the names again, which core has done, and
         # retries on the CPU when a provider fails, which UniRT never does.
-        self._call = getattr(engine.native, "_sess", engine.native).run
+        self._call = getattr(native, "_sess", native).run
         self._specs = {s.name: s for s in (*engine._file_inputs, *engine._file_outputs)}
         self._names = [spec.name for spec in engine._file_outputs]
         self._target = engine._target
@@ -247,6 +276,17 @@ class OnnxRuntimeSession(Session):
             return self._run_extended(inputs)
         names = self._names
         return dict(zip(names, self._call(names, inputs, None)))  # noqa: B905 - strict costs 0.1 µs
+
+    def _profile(self, inputs: Mapping[str, Any]) -> EngineReport:
+        engine = self.engine
+        assert isinstance(engine, OnnxRuntimeEngine)
+        _layers.refuse_launch_times(self._target.kind)
+
+        def run_with(native: Any) -> Callable[[], object]:
+            timed = OnnxRuntimeSession(engine, native)
+            return lambda: timed._run(inputs)
+
+        return _layers.profile(engine._source, engine._open, engine._placed(), run_with)
 
     def _run_extended(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """bfloat16 and float8 pass as OrtValues: the binding knows no NumPy type for them."""

@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,14 @@ from unirt import (
     BuildError,
     Device,
     Engine,
+    EngineReport,
     ModelFile,
     OptionError,
     Options,
     Session,
     option,
 )
-from unirt_openvino import _cache
+from unirt_openvino import _cache, _layers
 from unirt_openvino._library import import_openvino
 from unirt_openvino._ports import Port, dtype_of, find_ports
 from unirt_openvino._session import OpenVINOSession
@@ -219,14 +221,33 @@ class OpenVINOEngine(Engine):
         if any(spec.dtype == "undefined" for spec in file.outputs):
             self._outputs = tuple(port.spec for port in outputs)
         self.compiled = compiled
+        self.operations = _layers.operations(model)
+        self._recompile = partial(_recompile, core, file, native, settings)
+        self._source = file
         self._facts = _facts(compiled, options, file, inputs)
         self.requests = int(str(self._facts["requests"]))
 
     def _new_session(self) -> Session:
-        return OpenVINOSession(self.compiled, self.ports_in, self.ports_out, self.requests)
+        return OpenVINOSession(
+            self.compiled, self.ports_in, self.ports_out, self.requests, self._counting
+        )
+
+    def _inspect(self) -> EngineReport:
+        return _layers.read_layers(self.compiled, self._source, self.operations)
+
+    def _counting(self) -> tuple[Any, EngineReport]:
+        """The same model compiled once more, with counters, and its layers."""
+        compiled = self._recompile()
+        return compiled, _layers.read_layers(compiled, self._source, self.operations)
 
     def _close(self) -> None:
-        del self.compiled
+        del self.compiled, self._recompile
+
+
+def _recompile(core: Any, file: ModelFile, native: str, settings: Mapping[str, Any]) -> Any:
+    # The cache knows nothing of counters, and one stream says what a layer takes.
+    kept = {name: value for name, value in settings.items() if name != "CACHE_DIR"}
+    return core.compile_model(_read_model(core, file), native, {**kept, "PERF_COUNT": True})
 
 
 def _read_model(core: Any, file: ModelFile) -> Any:

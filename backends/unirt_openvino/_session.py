@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from unirt import (
+    EngineReport,
     InputError,
     Pool,
     Session,
 )
+from unirt_openvino import _layers
 from unirt_openvino._library import import_openvino
 from unirt_openvino._ports import LENT_FROM_BYTES, PACKED, Array, Port
 
@@ -29,7 +31,12 @@ class OpenVINOSession(Session):
     concurrent = True
 
     def __init__(
-        self, compiled: Any, inputs: tuple[Port, ...], outputs: tuple[Port, ...], requests: int
+        self,
+        compiled: Any,
+        inputs: tuple[Port, ...],
+        outputs: tuple[Port, ...],
+        requests: int,
+        counting: Callable[[], tuple[Any, EngineReport]],
     ) -> None:
         def new_lane() -> _Lane:
             return _Lane(compiled.create_infer_request(), inputs, outputs)
@@ -40,6 +47,7 @@ class OpenVINOSession(Session):
         self._pool = Pool(new_lane, requests)
         self._pool.give(self._pool.take())  # a device that cannot make one says so now
         self.lanes = requests
+        self._counting, self._ports = counting, (inputs, outputs)
 
     def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         pool, lane = self._pool, None
@@ -55,9 +63,16 @@ class OpenVINOSession(Session):
     ) -> Callable[[], object]:
         return self._new_lane().bound(inputs, outputs)
 
+    def _profile(self, inputs: Mapping[str, Any]) -> EngineReport:
+        compiled, report = self._counting()
+        request = compiled.create_infer_request()
+        lane = _Lane(request, *self._ports)
+        times = _layers.measure(lambda: lane.run(inputs), lambda: request.profiling_info)
+        return report.with_times(times.items())
+
     def _close(self) -> None:
         self._pool.drain()
-        del self._pool, self._new_lane
+        del self._pool, self._new_lane, self._counting
 
 
 class _Lane:

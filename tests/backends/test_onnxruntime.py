@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from unirt_onnxruntime._backend import OnnxRuntimeBackend
+from unirt_onnxruntime._layers import WARM_UP, medians, read_layers, refuse_launch_times
 
 import unirt
 from unirt.testing import NETWORKS, BackendConformance
@@ -227,3 +230,256 @@ def test_config_reaches_onnxruntime() -> None:
             "onnxruntime",
             options={"threads": 2, "config": "session.intra_op_thread_affinities=nonsense"},
         )
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def onnx() -> Any:
+    return pytest.importorskip("onnx", reason="the onnx package writes and reads these graphs")
+
+
+def graph_of(
+    onnx: Any, nodes: list[Any], weights: dict[str, Any], shapes: dict[str, list[int]]
+) -> Any:
+    """A model of float32; inputs come first in `shapes`, the last one is the output."""
+    values = [onnx.helper.make_tensor_value_info(n, 1, shape) for n, shape in shapes.items()]
+    tensors = [onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in weights.items()]
+    graph = onnx.helper.make_graph(nodes, "g", values[:-1], values[-1:], tensors)
+    return onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    )
+
+
+def residual(onnx: Any) -> Any:
+    """Conv, Relu, Conv, residual Add, Relu, and a pool: what ONNX Runtime fuses in float."""
+    node, pads = onnx.helper.make_node, [1, 1, 1, 1]
+    nodes = [
+        node("Conv", ["x", "w1", "b"], ["c1"], "conv1", pads=pads),
+        node("Relu", ["c1"], ["r1"], "relu1"),
+        node("Conv", ["r1", "w2", "b"], ["c2"], "conv2", pads=pads),
+        node("Add", ["c2", "r1"], ["a"], "add"),
+        node("Relu", ["a"], ["r2"], "relu2"),
+        node("GlobalAveragePool", ["r2"], ["y"], "gap"),
+    ]
+    w1, w2 = np.ones((16, 3, 3, 3), np.float32), np.ones((16, 16, 3, 3), np.float32)
+    weights = {"w1": w1, "w2": w2, "b": np.zeros(16, np.float32)}
+    return graph_of(onnx, nodes, weights, {"x": [1, 3, 32, 32], "y": [1, 16, 1, 1]})
+
+
+def q_dq(onnx: Any, dtype: Any) -> Any:
+    """A convolution between Q/DQ, whose result is negated in float."""
+    node = onnx.helper.make_node
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["x_q"], "x_Q"),
+        node("DequantizeLinear", ["x_q", "s", "z"], ["x_dq"], "x_DQ"),
+        node("DequantizeLinear", ["w", "s", "zw"], ["w_dq"], "w_DQ"),
+        node("Conv", ["x_dq", "w_dq"], ["c"], "conv"),
+        node("QuantizeLinear", ["c", "s", "z"], ["c_q"], "c_Q"),
+        node("DequantizeLinear", ["c_q", "s", "z"], ["c_dq"], "c_DQ"),
+        node("Neg", ["c_dq"], ["y"], "neg"),
+    ]
+    weights = {"s": np.float32(0.1), "z": dtype(0), "zw": np.int8(0)}
+    weights["w"] = np.ones((8, 3, 3, 3), np.int8)
+    return graph_of(onnx, nodes, weights, {"x": [1, 3, 16, 16], "y": [1, 8, 14, 14]})
+
+
+def layers_by_node(report: unirt.EngineReport) -> dict[str, unirt.Layer]:
+    return {node: layer for layer in report.layers for node in layer.nodes}
+
+
+def test_layers_name_the_nodes_that_are_fused_into_them(onnx: Any) -> None:
+    with unirt.build(residual(onnx), "onnxruntime") as engine:
+        report = engine.inspect()
+    assert [layer.nodes for layer in report.fused] == [
+        ("conv1", "relu1"),
+        ("conv2", "add", "relu2"),
+    ]
+    assert report.missing == ()
+    assert report.source == "optimized graph"
+    assert report.precisions == {"float32": len(report.layers) - len(report.reformats)}
+    (conv,) = [layer for layer in report.layers if "conv2" in layer.nodes]
+    assert conv.tactic == "CPU"
+    assert [tensor.shape for tensor in conv.outputs] == [(1, 16, 32, 32)]
+    assert [tensor.dtype for tensor in conv.constants] == ["float32", "float32"]
+
+
+def test_without_optimization_every_node_is_a_layer(onnx: Any) -> None:
+    with unirt.build(residual(onnx), "onnxruntime", options={"optimization": "disable"}) as engine:
+        report = engine.inspect()
+    assert [layer.nodes for layer in report.layers] == [(name,) for name in report.graph]
+
+
+def test_an_integer_convolution_holds_its_pairs(onnx: Any) -> None:
+    with unirt.build(q_dq(onnx, np.uint8), "onnxruntime") as engine:
+        report = engine.inspect()
+    conv = layers_by_node(report)["conv"]
+    assert conv.kind == "QLinearConv"
+    assert conv.nodes == ("x_DQ", "w_DQ", "conv", "c_Q")
+    assert report.precision(conv) == "uint8"
+    assert [one.layer.nodes for one in report.unfused_quantization] == [("x_Q",), ("c_DQ",)]
+    assert layers_by_node(report)["neg"].inputs[0].dtype == "float32"
+
+
+def test_layers_moved_to_channels_last_keep_their_nodes(onnx: Any) -> None:
+    """The layout changes rename tensors after nodes; two convolutions in a row pass none back."""
+    graph = q_dq(onnx, np.uint8)
+    node = onnx.helper.make_node
+    graph.graph.node[-1].CopyFrom(node("Conv", ["c_dq", "v_dq"], ["d"], "conv2"))
+    graph.graph.node.insert(0, node("DequantizeLinear", ["v", "s", "zw"], ["v_dq"], "v_DQ"))
+    graph.graph.node.append(node("QuantizeLinear", ["d", "s", "z"], ["d_q"], "d_Q"))
+    graph.graph.node.append(node("DequantizeLinear", ["d_q", "s", "z"], ["y"], "d_DQ"))
+    graph.graph.initializer.append(
+        onnx.numpy_helper.from_array(np.ones((8, 8, 1, 1), np.int8), "v")
+    )
+    with unirt.build(graph, "onnxruntime") as engine:
+        report = engine.inspect()
+    found = layers_by_node(report)
+    assert found["conv"].nodes == ("x_DQ", "w_DQ", "conv", "c_Q")
+    assert found["conv2"].nodes == ("v_DQ", "c_DQ", "conv2", "d_Q")
+    assert found["conv2"].inputs[0].format == "NHWC"
+    moves = [one for one in report.reformats if one.layer.kind == "Transpose"]
+    assert all(one.inserted for one in moves)
+    assert {one.change for one in moves} == {"uint8 → uint8 NHWC", "uint8 NHWC → uint8"}
+
+
+def test_nodes_without_names_get_the_one_of_their_output(onnx: Any) -> None:
+    graph = residual(onnx)
+    for node in graph.graph.node:
+        node.name = ""
+    with unirt.build(graph, "onnxruntime") as engine, engine.session() as session:
+        report = session.profile(np.ones((1, 3, 32, 32), np.float32))
+    assert ("node_of_c1", "node_of_r1") in [layer.nodes for layer in report.layers]
+    assert all(layer.seconds is not None for layer in report.layers)
+
+
+def test_profile_times_every_layer(
+    onnx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    x = np.ones((1, 3, 32, 32), np.float32)
+    with (
+        unirt.build(residual(onnx), "onnxruntime", options={"threads": 1}) as engine,
+        engine.session() as session,
+    ):
+        report = session.profile(x)
+        assert session.run(x)["y"].shape == (1, 16, 1, 1)
+    assert all(layer.seconds and layer.seconds < 1 for layer in report.layers)
+    assert report.unmatched == ()
+    slowest = max(report.layers, key=lambda layer: layer.seconds or 0)
+    assert "conv2" in slowest.nodes
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_profile_knows_the_shapes_of_dynamic_models() -> None:
+    case = NETWORKS["heavy"]
+    with unirt.build(case.model(("onnx",)), "onnxruntime") as engine:
+        assert engine.inspect().layers[0].outputs[0].shape[0] == -1
+        with engine.session() as session:
+            report = session.profile(case.sample(7, 0))
+    assert {layer.outputs[0].shape for layer in report.layers} == {(7, 64)}
+
+
+def test_what_runs_in_a_loop_counts_as_the_loop(onnx: Any) -> None:
+    node, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    body = onnx.helper.make_graph(
+        [
+            node("Identity", ["go"], ["go_on"], "hand_on"),
+            node("Add", ["s", "s"], ["twice"], "double"),
+        ],
+        "body",
+        [info("i", 7, []), info("go", 9, []), info("s", 1, [4])],
+        [info("go_on", 9, []), info("twice", 1, [4])],
+    )
+    nodes = [node("Loop", ["n", "", "x"], ["l"], "loop", body=body), node("Neg", ["l"], ["y"], "n")]
+    graph = graph_of(onnx, nodes, {"n": np.int64(3)}, {"x": [4], "y": [4]})
+    with unirt.build(graph, "onnxruntime") as engine, engine.session() as session:
+        report = session.profile(np.ones(4, np.float32))
+    assert [layer.nodes for layer in report.layers] == [("loop",), ("n",)]
+    assert report.unmatched == ()
+    assert "inside If, Loop and Scan" in report.notes[0]
+
+
+def test_a_model_with_weights_beside_it_shows_layers_too(onnx: Any, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(residual(onnx), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    with unirt.build(path, "onnxruntime") as engine, engine.session() as session:
+        report = session.profile(np.ones((1, 3, 32, 32), np.float32))
+    assert ("conv2", "add", "relu2") in [layer.nodes for layer in report.layers]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["m.onnx", "w.bin"]
+
+
+def test_layers_want_the_onnx_package(onnx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with unirt.build(residual(onnx), "onnxruntime") as engine:
+        monkeypatch.setitem(sys.modules, "onnx", None)
+        with pytest.raises(unirt.BackendUnavailable, match=r"onnx package.*pip install"):
+            engine.inspect()
+
+
+def test_a_provider_that_only_starts_kernels_is_not_timed() -> None:
+    with pytest.raises(unirt.BackendUnavailable, match="time to start a kernel"):
+        refuse_launch_times("cuda")
+
+
+def test_a_node_that_became_a_constant_is_in_no_layer(onnx: Any) -> None:
+    graph = residual(onnx)
+    scale = onnx.helper.make_node("Mul", ["w1", "w1"], ["w1_scaled"], "scale")
+    graph.graph.node[0].input[1] = "w1_scaled"
+    graph.graph.node.insert(0, scale)
+    with unirt.build(graph, "onnxruntime") as engine:
+        report = engine.inspect()
+    assert report.missing == ("scale",)
+    assert layers_by_node(report)["conv1"].nodes == ("conv1", "relu1")
+
+
+def chain(onnx: Any, *nodes: tuple[str, str, list[str], str]) -> Any:
+    """A model of (operator, name, inputs, output) from x to y."""
+    made = [onnx.helper.make_node(op, reads, [out], name) for op, name, reads, out in nodes]
+    return graph_of(onnx, made, {}, {"x": [4], "y": [4]})
+
+
+def nodes_in_layers(original: Any, optimized: Any, types: Any = None) -> list[tuple[str, ...]]:
+    return [layer.nodes for layer in read_layers(original, optimized, types or {}, {}).layers]
+
+
+def test_what_is_before_an_unknown_tensor_is_not_guessed(onnx: Any) -> None:
+    original = chain(
+        onnx,
+        ("Abs", "a", ["x"], "t"),
+        ("Neg", "b", ["t"], "u"),
+        ("Relu", "c", ["u"], "y"),
+    )
+    optimized = chain(onnx, ("Blob", "new", ["x"], "odd"), ("Relu", "c", ["odd"], "y"))
+    assert nodes_in_layers(original, optimized) == [(), ("c",)]
+
+
+def test_a_node_of_another_layer_is_not_claimed(onnx: Any) -> None:
+    original = chain(
+        onnx,
+        ("Abs", "a", ["x"], "t"),
+        ("Neg", "b", ["t"], "u"),
+        ("Add", "c", ["u", "x"], "y"),
+    )
+    optimized = chain(onnx, ("QAbs", "a", ["x"], "odd"), ("Add", "c", ["odd", "x"], "y"))
+    types = {"odd": ("uint8", ())}  # no tensor of the file is eight bits wide
+    assert nodes_in_layers(original, optimized, types) == [("a",), ("c",)]
+
+
+def test_an_inserted_move_is_no_node_of_a_similar_name(onnx: Any) -> None:
+    original = chain(onnx, ("Abs", "a", ["x"], "t"), ("Transpose", "move", ["t"], "y"))
+    optimized = chain(
+        onnx,
+        ("Transpose", "move_token_7", ["x"], "x_moved"),
+        ("Abs", "a", ["x_moved"], "a_moved"),
+        ("Transpose", "move", ["a_moved"], "y"),
+    )
+    assert nodes_in_layers(original, optimized) == [(), ("a",), ("move",)]
+
+
+def test_layers_of_one_name_have_medians_of_their_own() -> None:
+    """The first runs do not count, and an interrupted one does not matter."""
+    times = [9.0, 90.0] * WARM_UP + [1.0, 10.0] * 10 + [500.0, 10.0]
+    assert medians(times, WARM_UP + 11) == [1.0, 10.0]

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from unirt_openvino import _backend
 from unirt_openvino._backend import OpenVINOBackend
+from unirt_openvino._layers import measure
 from unirt_openvino._ports import LENT_FROM_BYTES
 
 import unirt
@@ -523,3 +526,153 @@ def test_a_damaged_cache_is_compiled_anew_and_answers_right(tmp_path: Path) -> N
         with unirt.load(case.model(["onnx"]), "openvino@cpu", options=options) as session:
             assert session.engine.facts["loaded_from_cache"] is False
             case.check(inputs, session.run(inputs))
+
+
+# Layers
+
+
+def residual(opset: int = 17) -> Any:
+    """Conv, Relu, Conv, residual Add, and Q/DQ around a third convolution."""
+    onnx = pytest.importorskip("onnx", reason="the onnx package writes and reads these graphs")
+    node, pads = onnx.helper.make_node, [1, 1, 1, 1]
+    nodes = [
+        node("Conv", ["x", "w1"], ["c1"], "conv1", pads=pads),
+        node("Relu", ["c1"], ["r1"], "relu1"),
+        node("Conv", ["r1", "w2"], ["c2"], "conv2", pads=pads),
+        node("Add", ["c2", "r1"], ["a"], "add"),
+        node("QuantizeLinear", ["a", "s", "z"], ["a_q"], "a_Q"),
+        node("DequantizeLinear", ["a_q", "s", "z"], ["a_dq"], "a_DQ"),
+        node("DequantizeLinear", ["w3", "s", "zw"], ["w3_dq"], "w3_DQ"),
+        node("Conv", ["a_dq", "w3_dq"], ["y"], "conv3", pads=pads),
+    ]
+    rng = np.random.default_rng(0)
+    weights = {
+        "w1": rng.standard_normal((32, 3, 3, 3)).astype(np.float32),
+        "w2": rng.standard_normal((32, 32, 3, 3)).astype(np.float32),
+        "w3": rng.integers(-60, 60, (32, 32, 3, 3)).astype(np.int8),
+        "s": np.float32(0.1),
+        "z": np.uint8(0),
+        "zw": np.int8(0),
+    }
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("x", 1, [1, 3, 64, 64])],
+        [onnx.helper.make_tensor_value_info("y", 1, [1, 32, 64, 64])],
+        [onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in weights.items()],
+    )
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def layers_by_node(report: unirt.EngineReport) -> dict[str, unirt.Layer]:
+    return {node: layer for layer in report.layers for node in layer.nodes}
+
+
+def test_layers_name_the_nodes_that_are_fused_into_them(opened: Opened) -> None:
+    report = opened(residual()).engine.inspect()
+    found = layers_by_node(report)
+    assert report.source == "runtime model"
+    assert found["conv1"] is found["relu1"]
+    assert found["conv1"].kind == "Convolution"
+    assert report.precision(found["conv1"]) == "float32"
+    assert report.precision(found["conv3"]) == "uint8"
+    assert found["conv3"].outputs[0].shape == (1, 32, 64, 64)
+    assert set(report.missing) <= {"a_DQ", "w3_DQ"}
+    assert not any(layer.kind in ("Const", "Input", "Output") for layer in report.layers)
+    assert all(set(layer.nodes) <= set(report.graph) for layer in report.layers)
+
+
+def test_reorders_are_layers_without_nodes(opened: Opened) -> None:
+    report = opened(residual()).engine.inspect()
+    reorders = [one for one in report.reformats if one.layer.kind == "Reorder"]
+    assert reorders
+    assert all(one.inserted for one in reorders)
+    assert ("x", "conv1") in [(one.before[-1], one.after[0]) for one in reorders]
+
+
+def test_a_convolution_keeps_its_node_where_its_scale_took_the_name(opened: Opened) -> None:
+    """A BatchNormalization becomes weights; the layer is named after nothing in the file."""
+    onnx = pytest.importorskip("onnx", reason="the onnx package writes and reads these graphs")
+    graph = residual()
+    names = [f"bn_{i}" for i in range(4)]
+    extra = onnx.helper.make_node("BatchNormalization", ["c1", *names], ["n1"], "norm")
+    graph.graph.node.insert(1, extra)
+    graph.graph.node[2].input[0] = "n1"
+    for name in names:
+        ones = onnx.numpy_helper.from_array(np.full(32, 2, np.float32), name)
+        graph.graph.initializer.append(ones)
+    found = layers_by_node(opened(graph).engine.inspect())
+    assert found["conv1"].nodes == ("conv1", "norm", "relu1")
+
+
+def test_nodes_without_names_get_the_one_of_their_output(opened: Opened) -> None:
+    graph = residual()
+    for node in graph.graph.node:
+        node.name = ""
+    found = layers_by_node(opened(graph).engine.inspect())
+    assert found["node_of_c1"] is found["node_of_r1"]
+    assert "node_of_y" in found
+
+
+def test_profile_times_layers_and_leaves_the_session_as_it_was(opened: Opened) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 3, 64, 64)).astype(np.float32)
+    with opened(residual(), threads=1) as session:
+        before = session.run(x)["y"]
+        report = session.profile(x)
+        np.testing.assert_array_equal(session.run(x)["y"], before)
+    found = layers_by_node(report)
+    assert report.unmatched == ()
+    assert (found["conv2"].seconds or 0) > (found["conv1"].seconds or 0) > 0
+    assert (report.seconds or 0) < 1
+
+
+def test_a_model_with_a_cache_is_profiled_too(opened: Opened, tmp_path: Path) -> None:
+    x = np.zeros((1, 3, 64, 64), np.float32)
+    for _ in range(2):
+        with opened(residual(), cache_dir=tmp_path) as session:
+            assert layers_by_node(session.profile(x))["conv2"].seconds
+            assert "conv2" in layers_by_node(session.engine.inspect())
+
+
+def test_without_the_onnx_package_names_are_openvino_s(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = residual().SerializeToString()
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    report = opened(model).engine.inspect()
+    assert "conv1" in layers_by_node(report)
+    assert report.graph["conv1"] != "Conv"
+    assert "the onnx package is not installed" in report.notes[0]
+
+
+def test_layers_of_a_tflite_model_have_openvino_s_names(opened: Opened) -> None:
+    report = opened(NETWORKS["heavy"].model(("tflite",))).engine.inspect()
+    assert report.layers
+    assert all(set(layer.nodes) <= set(report.graph) for layer in report.layers)
+    assert any("FullyConnected" in layer.kind for layer in report.layers)
+
+
+class AveragingRequest:
+    """Counts as OpenVINO does: the mean over all runs in whole microseconds."""
+
+    def __init__(self, first: float, rest: float) -> None:
+        self.times, self.first, self.rest = list[float](), first, rest
+
+    def run(self) -> None:
+        self.times.append(self.rest if self.times else self.first)
+
+    def counters(self) -> list[Any]:
+        mean = timedelta(microseconds=int(sum(self.times) / len(self.times)))
+        told = [("conv", mean, "Status.EXECUTED"), ("skipped", timedelta(), "Status.NOT_RUN")]
+        return [
+            SimpleNamespace(node_name=name, real_time=time, status=status)
+            for name, time, status in told
+        ]
+
+
+def test_a_slow_first_run_is_not_in_the_time_of_a_layer() -> None:
+    request = AveragingRequest(5_000_000, 200)
+    times = measure(request.run, request.counters)
+    assert set(times) == {"conv"}
+    assert times["conv"] == pytest.approx(200e-6, abs=2e-6)

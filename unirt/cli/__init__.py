@@ -1,4 +1,4 @@
-"""The command line: `unirt doctor`, `inspect`, `select`, `build`, `run`, `compare`.
+"""The command line: `unirt doctor`, `inspect`, `select`, `build`, `run`, `compare`, `explain`.
 
 Engines load only in commands that run them, and only then.
 """
@@ -18,6 +18,7 @@ from unirt.cli import outcome
 from unirt.cli.build import build
 from unirt.cli.compare import compare
 from unirt.cli.doctor import doctor
+from unirt.cli.explain import explain
 from unirt.cli.inspect import inspect
 from unirt.cli.outcome import EXIT_CODES
 from unirt.cli.run import run
@@ -33,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EXIT_CODES,
 )
-for command in (doctor, inspect, select, build, run, compare):
+for command in (doctor, inspect, select, build, run, compare, explain):
     # Typer keeps the line breaks of all paragraphs but the first.
     text = re.sub(r"(?<!\n)\n(?!\n)", " ", getdoc(command) or "")
     app.command(help=text, epilog=EXIT_CODES)(command)

@@ -47,6 +47,7 @@ from unirt.cli.terminal import (
 )
 from unirt.data import random_inputs
 from unirt.errors import OptionError
+from unirt.explanation import refuse_blind
 from unirt.loading import build
 from unirt.model import Model, ModelFile
 from unirt.types import Candidate, TensorSpec
@@ -109,6 +110,8 @@ def inspect(
                 show(stdout(), opened)
             return
         named = Candidate.parse(candidate)
+        with redirect_stdout(sys.stderr):
+            refuse_blind(named)
         options = only_for(read_options(option, named.backend), named.backend)
         shapes = read_shapes(shape)
         profiles = read_profiles(profile)
