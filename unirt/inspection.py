@@ -157,7 +157,8 @@ class EngineReport:
     `source` says who told: "engine inspector" or "builder log". `graph` maps the names of the
     graph's nodes to their operators, in the graph's order, and may be empty. `inputs` and `outputs`
     are the network's. `unmatched` are measured times of which nobody knows the layer. `notes` are
-    sentences for the user about what is missing here.
+    sentences for the user about what is missing here. `facts` are what an engine file says of
+    itself besides, such as its version and profiles.
     """
 
     layers: tuple[Layer, ...]
@@ -167,6 +168,7 @@ class EngineReport:
     outputs: tuple[LayerTensor, ...] = ()
     unmatched: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
+    facts: Mapping[str, object] = field(default_factory=dict, hash=False, compare=False)
 
     @property
     def profiles(self) -> tuple[int, ...]:
@@ -379,7 +381,8 @@ class EngineReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it; `from_dict` reads it."""
-        return {"format": FORMAT, **asdict(self), "graph": dict(self.graph)}
+        whole = {"format": FORMAT, **asdict(self), "graph": dict(self.graph)}
+        return {**whole, "facts": dict(self.facts)}
 
     @classmethod
     def from_dict(cls, document: object) -> EngineReport:
@@ -396,6 +399,7 @@ class EngineReport:
                 _tensors(whole["outputs"]),
                 tuple((_text(name), _seconds(one)) for name, one in _list(whole["unmatched"])),
                 tuple(map(_text, _list(whole["notes"]))),
+                dict(_mapping(whole.get("facts", {}))),
             )
         except KeyError as error:
             raise _damaged(f"it has no {error}") from error

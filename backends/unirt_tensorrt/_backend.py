@@ -117,7 +117,7 @@ class TensorRTBackend(Backend):
         if about.is_file():
             compiled = _cache.read_plan(path)
             if compiled.report is not None:
-                return compiled.report
+                return dataclasses.replace(compiled.report, facts=_cache.facts_beside(path))
             missing = f"{about.name} tells no layers, and {self.probe().reason}."
             remedy = "Build it again, or inspect it on a machine with an NVIDIA GPU."
         if not self.probe().available:

@@ -185,6 +185,16 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
+def facts_beside(path: Path) -> dict[str, object]:
+    """What a plan's description says of it, for a reader. Raises ModelError, OSError."""
+    about = read_about(path)
+    profiles = [ShapeProfile(one["shapes"], one["values"]) for one in about["profiles"]]
+    found = {key: about[key] for key in ("flavour", "version", "sha256")}
+    found["profiles"] = [str(profile) for profile in profiles]
+    lists = {key: about[key] for key in ("repairs", "warnings", "notes", "builds") if about[key]}
+    return {**found, **lists}
+
+
 def _digest(about: Mapping[str, object]) -> str:
     """Over the description itself; what is kept beside a plan is as much input as the plan."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

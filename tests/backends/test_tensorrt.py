@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import unirt
 from unirt import Backend, BackendUnavailable, InputError, ShapeProfile
+from unirt.cli import app
 from unirt.testing import NETWORKS, BackendConformance
 
 pytest.importorskip("unirt_tensorrt._library").load.cache_clear()
@@ -76,11 +78,22 @@ def test_an_engine_built_ahead_of_time_shows_its_layers_and_opens_no_session() -
 def test_a_saved_engine_is_a_plan_with_its_description_beside_it(tmp_path: Path) -> None:
     with _ahead() as engine:
         path = engine.save(tmp_path / "digits.plan")
-        assert tensorrt().inspect_file(path) == engine.inspect()
+        told = tensorrt().inspect_file(path)
+        assert told == engine.inspect()
+        assert told.facts["version"] == engine.facts["version"]
+        assert told.facts["profiles"] == engine.facts["profiles"]
         assert path.read_bytes() == engine.plan  # type: ignore[attr-defined]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(unirt.ModelError, match="bytes"):
         tensorrt().inspect_file(path)
+
+
+def test_a_plan_given_as_a_model_is_called_what_it_is(tmp_path: Path) -> None:
+    with _ahead() as engine:
+        path = engine.save(tmp_path / "digits.plan")
+    shown = CliRunner().invoke(app, ["run", str(path), "--json"])
+    assert shown.exit_code == 3
+    assert "is a compiled engine" in json.loads(shown.output)["error"]["what"]
 
 
 def test_a_cache_answers_for_the_same_model_options_and_shapes_only(tmp_path: Path) -> None:

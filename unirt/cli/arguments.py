@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from unirt import plugins
+from unirt.backend import Backend, SupportsEngineFiles
 from unirt.comparison import Result
 from unirt.devices import host_devices
 from unirt.errors import ModelError, OptionError, ProfileError, UnirtError, sentence
@@ -87,10 +88,30 @@ HotTexts = Annotated[
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of random inputs.")]
 
 
+def engine_backend(path: Path) -> Backend | None:
+    """The backend whose engine files are named like this one, if it is no model."""
+    if path.suffix.lower() in (".onnx", ".tflite", ""):
+        return None
+    for name in plugins.names():
+        plugin = plugins.plugin(name)
+        found = plugin.backend if plugin else None
+        if isinstance(found, SupportsEngineFiles) and path.suffix.lower() in found.engine_suffixes:
+            return plugin.backend if plugin else None
+    return None
+
+
 def open_model(path: Path, beside: bool, notes: list[str] | None = None) -> Model:
     """The model, with its other formats if `beside`. Where those do not fit and there are `notes`,
     they are left out with a note; otherwise that is an error.
     """
+    if path.is_file() and engine_backend(path) is not None:
+        raise ModelError(
+            f"{path} is a compiled engine, and no model.",
+            "UniRT runs models: an engine fits one machine and version, and holds no checks.",
+            "Name the model, with the option cache=FOLDER to find the engine again; "
+            "`unirt inspect` shows an engine.",
+            path=path,
+        )
     if not beside or notes is None:
         return Model(path, beside=beside)
     try:

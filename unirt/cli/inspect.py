@@ -12,8 +12,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from unirt import plugins
-from unirt.backend import Backend, SupportsEngineFiles
 from unirt.cli.arguments import (
     Beside,
     Debug,
@@ -23,6 +21,7 @@ from unirt.cli.arguments import (
     Seed,
     ShapeTexts,
     complete_candidate,
+    engine_backend,
     hinting_beside,
     only_for,
     open_model,
@@ -84,7 +83,7 @@ def inspect(
     each, their types and formats, what it put between them, and what each takes.
     """
     with reporting(as_json, debug) as report:
-        backend = _backend_of(model)
+        backend = engine_backend(model)
         made = {"times": times, "option": option, "profile": profile, "shape": shape}
         if backend is not None:
             _refuse(
@@ -96,6 +95,7 @@ def inspect(
                 layers = backend.inspect_file(model)
             report.document = {"engine": str(model), "layers": layers_document(layers)}
             if not as_json:
+                print_pairs(stdout(), [(key, _fact(value)) for key, value in layers.facts.items()])
                 show_report(stdout(), layers)
             return
         opened = open_model(model, beside)
@@ -145,16 +145,8 @@ def inspect(
             show_report(stdout(), layers)
 
 
-def _backend_of(path: Path) -> Backend | None:
-    """The backend whose engine files are named like this one, if it is no model."""
-    if path.suffix.lower() in (".onnx", ".tflite", ""):
-        return None
-    for name in plugins.names():
-        plugin = plugins.plugin(name)
-        found = plugin.backend if plugin else None
-        if isinstance(found, SupportsEngineFiles) and path.suffix.lower() in found.engine_suffixes:
-            return plugin.backend if plugin else None
-    return None
+def _fact(value: object) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _refuse(given: Mapping[str, object], why: str, remedy: str) -> None:
