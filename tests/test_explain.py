@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 import unirt
 from unirt import cli
-from unirt.explanation import Diagnosis, Explanation, Finding, Graph, explain
+from unirt.explanation import Explanation, explain
+from unirt.explanation.diagnosis import Diagnosis, Finding
+from unirt.explanation.graph import Graph
 from unirt.precision.dequantize import dequantize
 
 onnx = pytest.importorskip("onnx", reason="the onnx package writes the graphs of these tests")

@@ -55,7 +55,8 @@ from unirt.types import CPU, Availability, Candidate, Device, TensorSpec
 
 if TYPE_CHECKING:
     from unirt.comparison import Comparison, compare
-    from unirt.explanation import Explanation, Finding, explain
+    from unirt.explanation import Explanation, explain
+    from unirt.explanation.diagnosis import Finding
 
 __version__ = "0.1.0"
 

@@ -33,8 +33,9 @@ from unirt.cli.terminal import (
     telling,
     three_digits,
 )
-from unirt.explanation import SECONDS, Explanation, Finding
+from unirt.explanation import SECONDS, Explanation
 from unirt.explanation import explain as explain_model
+from unirt.explanation.diagnosis import Finding
 from unirt.model import Model
 from unirt.types import Candidate
 
