@@ -139,7 +139,8 @@ def test_a_histogram_counts_as_numpy_does(kind: str) -> None:
 
 def test_extremes_are_exact_however_far_apart() -> None:
     histogram = Histogram()
-    for values in ([1e-42, -1e-44], [-0.0], [3e-30], [-7.25, 1e-3], [3.4e38], []):
+    # Nothing smaller than float32's normal values: engines have threads take those for 0.
+    for values in ([2e-38, -3e-38], [-0.0], [3e-30], [-7.25, 1e-3], [3.4e38], []):
         assert histogram.add(np.array(values, np.float32))
     assert (histogram.low, histogram.high) == (-7.25, float(np.float32(3.4e38)))
     assert (histogram.values, histogram.zeros) == (7, 1)
