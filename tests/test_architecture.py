@@ -26,6 +26,8 @@ ORDER = [
     {"plugins"},
     {"selector"},
     {"precision"},
+    {"derivation"},
+    {"candidates"},
     {"loading"},
     {"measure"},
     {"comparison", "explanation"},

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
 
 import unirt
-from unirt import BuildStep, EngineReport, Layer, ShapeProfile, plugins, precision
+from unirt import BuildStep, EngineReport, Layer, ShapeProfile, cli, plugins, precision
+from unirt.accuracy import snr_db
 from unirt.plugins import Plugin
 from unirt.testing.networks import onnx_bytes
 
@@ -44,6 +50,7 @@ class PlainEngine(unirt.Engine):
 class Plain(unirt.Backend):
     name = "plain"
     formats: Any = ("onnx",)
+    quantization = ""  # type: ignore[assignment] # so that tests can set it
 
     def __init__(self) -> None:
         self.compiled = 0
@@ -184,7 +191,7 @@ def test_samples_are_checked_as_inputs_are(sample: Any, able: Able) -> None:
 
 def test_samples_may_be_read_once_and_serve_every_candidate(able: Able) -> None:
     samples = (TEST["image"][:n] for n in (1, 5))
-    with unirt.load(DIGITS, ["onnxruntime:int8", "able"], samples=samples):
+    with unirt.load(DIGITS, ["onnxruntime:int4", "able"], samples=samples):
         assert able.request.profiles[0].shapes["image"][2] == (5, 1, 8, 8)
 
 
@@ -335,10 +342,20 @@ def test_a_graph_with_quantizing_nodes_is_int8_whatever_its_weights_are_stored_i
         assert session.run(np.ones((1, 3), np.float32))["y"].shape == (1, 3)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "fp4"])
-def test_a_float_graph_is_not_quantized_on_the_side(name: str, plain: Plain) -> None:
-    with pytest.raises(unirt.BackendUnavailable, match=f"in float32.*to {name}") as caught:
-        unirt.build(DIGITS, f"plain:{name}")
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("int4", "in float32, and only its weights can be quantized to int4: int4w"),
+        ("fp4", "in float32, and neither a cast nor quantization leads from there to fp4"),
+        ("fp8", "by the recipe cpu, which has no fp8, only int8, int8w, int4w"),
+        ("fp7", "'fp7' is no precision; they are fp32, "),
+    ],
+)
+def test_a_precision_that_a_float_graph_cannot_get_is_refused(
+    name: str, told: str, plain: Plain
+) -> None:
+    with pytest.raises(unirt.BackendUnavailable, match=re.escape(told)) as caught:
+        unirt.build(DIGITS, f"plain:{name}", samples=[TEST["image"]])
     assert "name plain." in caught.value.remedy
     assert plain.compiled == 0
 
@@ -356,6 +373,244 @@ def _model(nodes: list[Any], weights: list[Any], dtype: int = TensorProto.FLOAT)
     opset = [helper.make_opsetid("", 17)]
     content: bytes = helper.make_model(graph, ir_version=8, opset_imports=opset).SerializeToString()
     return content
+
+
+# --- quantizing ----------------------------------------------------------------------------------
+
+IMAGES = [image[None] for image in TEST["image"][:40]]
+
+
+@pytest.fixture(scope="module")
+def found() -> precision.Calibration:
+    return precision.calibrate(DIGITS, {"image": TEST["image"][:40]}, method="max")
+
+
+@pytest.fixture
+def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A number for each time that anybody calibrates."""
+    counted: list[int] = []
+    calibrate: Any = importlib.import_module("unirt.precision.calibrate")
+    real = calibrate.observe_with
+
+    def count(*given: Any) -> Any:
+        counted.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(calibrate, "observe_with", count)
+    return counted
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("name", "least"), [("int8", 20), ("int8w", 35), ("int4w", 20)])
+def test_a_float32_graph_is_quantized_to_the_candidate_s_precision(
+    backend: str, name: str, least: float
+) -> None:
+    with unirt.load(DIGITS, f"{backend}:{name}", samples=IMAGES) as session:
+        engine = session.engine
+        assert str(engine.candidate) == f"{backend}@cpu:{name}"
+        assert session.inputs[0].dtype == "float32"
+        assert engine.facts["quantization"] == engine.quantization
+        assert engine.quantization is not None
+        assert engine.quantization["precision"] == name
+        assert engine.quantization["nodes"] >= 1  # type: ignore[operator]
+        wanted = {"method": "mse", "samples": 40} if name == "int8" else None
+        assert engine.quantization["calibration"] == wanted
+        logits = session.run(TEST["image"])["logits"]
+    assert np.mean(logits.argmax(1) == TEST["labels"]) >= 0.97
+    with unirt.load(DIGITS, backend) as session:
+        exact = session.run(TEST["image"])["logits"]
+    assert least < snr_db(logits, exact) < 70
+
+
+def test_the_engine_says_what_was_quantized_from_what_and_what_stays_why(plain: Plain) -> None:
+    with unirt.build(DIGITS, "plain:int4w") as engine:
+        assert engine.quantization is not None
+        assert engine.quantization["nodes"] is None, "nobody has read the graph"
+        engine.file.read()
+        told, stays = engine.notes
+        kept = engine.quantization["kept"]
+        assert engine.quantization["nodes"] == 1
+    assert told.startswith("quantized to int4w by the recipe cpu")
+    assert len(kept) == 5  # type: ignore[arg-type]
+    assert set(kept.values()) == {stays.partition("more: ")[2]}  # type: ignore[attr-defined]
+
+
+def test_a_calibration_is_given_as_it_is_or_as_the_file_it_was_saved_to(
+    found: precision.Calibration, plain: Plain, tmp_path: Path, calibrations: list[int]
+) -> None:
+    path = found.save(tmp_path / "ranges.json")
+    hashes = set()
+    for given in (found, path, str(path)):
+        with unirt.build(DIGITS, "plain:int8", calibration=given, samples=IMAGES[:2]) as engine:
+            hashes.add(engine.model.hash)
+            engine.file.read()
+            assert "by max of 40 samples" in engine.notes[0]
+    assert len(hashes) == 1
+    assert calibrations == []
+
+
+def test_what_is_no_calibration_is_refused_before_anything_is_compiled(
+    plain: Plain, tmp_path: Path
+) -> None:
+    other: Any = {"image": (0, 1)}
+    with pytest.raises(unirt.OptionError, match="A dict is no calibration"):
+        unirt.build(DIGITS, "plain:int8", calibration=other)
+    with pytest.raises(unirt.DataError, match=r"nothing\.json cannot be read"):
+        unirt.build(DIGITS, "plain", calibration=tmp_path / "nothing.json")
+    assert plain.compiled == 0
+    relu = _model([helper.make_node("Relu", ["x"], ["y"], "act")], [])
+    strange = precision.Calibration({"elsewhere": precision.Range(0, 1)}, "max", 1, "0" * 64)
+    with pytest.raises(unirt.ModelError, match="not one of digits"):
+        unirt.build(DIGITS, "onnxruntime:int8", calibration=strange)
+    with pytest.raises(unirt.ModelError, match="nothing to quantize"):
+        unirt.build(relu, "onnxruntime:int8", samples=[np.ones((1, 3), np.float32)])
+
+
+def test_nobody_calibrates_for_a_build_that_cannot_be(calibrations: list[int]) -> None:
+    for candidate, asked, error in (
+        ("onnxruntime@npu:int8", {}, unirt.BackendUnavailable),
+        ("onnxruntime:int8", {"options": {"thread": 1}}, unirt.OptionError),
+        ("onnxruntime:int8", {"hot_shapes": [{"img": (1,)}]}, unirt.ProfileError),
+        ("onnxruntime:fp8", {}, unirt.BackendUnavailable),
+    ):
+        with pytest.raises(error):
+            unirt.build(DIGITS, candidate, samples=IMAGES, **asked)  # type: ignore[arg-type]
+    assert calibrations == []
+    with pytest.raises(unirt.DataError, match="holds NaN in sample 1"):
+        unirt.build(DIGITS, "onnxruntime:int8", samples=[IMAGES[0], IMAGES[1] * np.nan])
+
+
+def test_other_ranges_methods_recipes_and_precisions_make_other_models(
+    found: precision.Calibration, plain: Plain
+) -> None:
+    def hash_of(name: str, given: precision.Calibration, recipe: str = "") -> str:
+        plain.quantization = recipe  # type: ignore[misc]
+        with unirt.build(DIGITS, f"plain:{name}", calibration=given) as engine:
+            return engine.model.hash
+
+    nearly = found.with_ranges({"image": (0, np.nextafter(found.ranges["image"].high, 2))})
+    hashes = [
+        unirt.Model(DIGITS).hash,
+        hash_of("int8", found),
+        hash_of("int8", nearly),
+        hash_of("int8", replace(found, method="entropy")),
+        hash_of("int8", replace(found, samples=41)),
+        hash_of("int8", found, "tensorrt"),
+        hash_of("fp8", found, "tensorrt"),
+        hash_of("int8w", found),
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert hash_of("int8", precision.Calibration(**vars(found))) == hashes[1]
+    assert hash_of("int8w", nearly) == hashes[7], "weights alone have no use for ranges"
+
+
+def test_a_backend_states_by_which_recipe_graphs_are_quantized_for_it(
+    found: precision.Calibration, plain: Plain
+) -> None:
+    plain.quantization = "tensorrt"
+    with unirt.build(DIGITS, "plain:int8", calibration=found) as engine:
+        weights = unirt.Model(engine.file.read()).primary.weight_dtypes
+        assert engine.quantization is not None
+        assert engine.quantization["recipe"] == "tensorrt"
+    assert "uint8" not in weights  # every zero point is an int8
+    plain.quantization = ""
+    with unirt.build(DIGITS, "plain:int8", calibration=found) as engine:
+        assert unirt.Model(engine.file.read()).primary.weight_dtypes["uint8"] > 0
+    plain.quantization = "tensort"  # type: ignore[misc]
+    assert "Did you mean 'tensorrt'?" in unirt.select(DIGITS, ["plain:int8"]).excluded["plain:int8"]
+    with pytest.raises(unirt.BackendUnavailable, match="states a recipe that is not there"):
+        unirt.build(DIGITS, "plain:int8", calibration=found)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int8w", "int4w"])
+def test_a_graph_that_is_quantized_so_runs_as_it_is(
+    name: str, found: precision.Calibration, plain: Plain, calibrations: list[int]
+) -> None:
+    full: Any = {"int8w": "int8-weights", "int4w": "int4-weights"}.get(name, name)
+    content = precision.quantize(DIGITS, found, full).model.primary.read()
+    with unirt.build(content, f"plain:{name}", samples=IMAGES) as engine:
+        assert engine.file.read() == content
+        assert engine.quantization is None
+        assert engine.notes == ()
+    assert calibrations == []
+    others = {"int8", "fp8", "int8w", "int4w"} - {name}
+    # Weights in int8 are int8, whatever is done to activations.
+    others -= {"int8"} if name == "int8w" else set()
+    refused = unirt.select(content, [f"plain:{other}" for other in others]).excluded
+    assert {text.partition(":")[2] for text in refused} == others
+
+
+def test_a_half_precision_graph_is_not_quantized(plain: Plain) -> None:
+    half = precision.cast(DIGITS, "fp16").model
+    with pytest.raises(unirt.BackendUnavailable, match="The graph is in float16"):
+        unirt.build(half, "plain:int8", samples=IMAGES)
+
+
+def test_two_calibrations_never_share_a_plan(found: precision.Calibration, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+
+    def cached(given: precision.Calibration) -> bool:
+        asked: Any = {"options": {"cache": tmp_path}, "calibration": given}
+        with unirt.build(DIGITS, "tensorrt@aot:fp8", **asked) as engine:
+            assert engine.notes[0].startswith("quantized to fp8 by the recipe tensorrt")
+            assert f"by {given.method} of {given.samples} samples" in engine.notes[0]
+            assert engine.facts["quantization"]
+            return bool(engine.facts["cached"])
+
+    assert not cached(found)
+    assert cached(found)
+    narrower = found.with_ranges({"image": found.ranges["image"].high / 2})
+    assert not cached(narrower)
+    assert cached(narrower)
+    assert not cached(replace(found, method="mse")), "its notes would tell of another"
+    assert len(list(tmp_path.glob("*.plan"))) == 3
+
+
+def test_a_tflite_is_quantized_as_such(found: precision.Calibration) -> None:
+    pytest.importorskip("ai_edge_quantizer", reason="ai-edge-quantizer is not installed")
+    both = unirt.Model(DIGITS, beside=True)
+    # A calibration of the ONNX graph has no range for the tensors of the .tflite.
+    for given in (None, found):
+        with unirt.load(both, "tflite:int8", samples=IMAGES, calibration=given) as session:
+            assert session.decision.quantization["recipe"] == "litert"
+            assert session.decision.quantization["calibration"]["method"] == "mse"
+            logits = session.run(TEST["image"])["logits"]
+        assert np.mean(logits.argmax(1) == TEST["labels"]) >= 0.97
+    with pytest.raises(unirt.DataError, match="needs the ranges"):
+        unirt.build(both, "tflite:int8")
+    assert "no fp8, only int8, int8w" in unirt.select(both, "tflite:fp8").excluded["tflite:fp8"]
+
+
+def test_a_tflite_wants_the_package_that_quantizes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ai_edge_quantizer", "ai_edge_quantizer.quantizer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(unirt.BackendUnavailable, match="ai-edge-quantizer"):
+        unirt.build(DIGITS.with_suffix(".tflite"), "tflite:int8w")
+
+
+def test_build_calibrates_on_data_or_takes_a_calibration(
+    found: precision.Calibration, tmp_path: Path
+) -> None:
+    path = found.save(tmp_path / "ranges.json")
+    run = CliRunner().invoke
+    command = ["build", str(DIGITS), "-c", "onnxruntime:int8"]
+    for given, told in (
+        (["--data", str(DIGITS.with_name("test.npz"))], {"method": "mse", "samples": 450}),
+        (["--calibration", str(path)], {"method": "max", "samples": 40}),
+    ):
+        done = run(cli.app, [*command, *given, "--json"])
+        assert done.exit_code == 0, done.output
+        document = json.loads(done.stdout)
+        assert document["facts"]["quantization"]["calibration"] == told
+        assert f"of {told['samples']} samples" in document["notes"][0]
+        text = run(cli.app, [*command, *given], env={"COLUMNS": "200"}).stdout
+        assert text.count("quantized to int8") == 1
+    done = run(cli.app, [*command, "--json"])
+    assert done.exit_code == 3
+    assert "--calibration" in json.loads(done.stdout)["error"]["remedy"]
+    ran = ["run", str(DIGITS), "-c", "onnxruntime:int8", "--calibration", str(path), "--json"]
+    decision = json.loads(run(cli.app, ran).stdout)["decision"]
+    assert decision["quantization"]["calibration"] == {"method": "max", "samples": 40}
 
 
 # --- what only some engines can do ---------------------------------------------------------------

@@ -99,6 +99,9 @@ def test_help_and_version() -> None:
         ["run"],
         ["compare"],
         ["explain"],
+        ["quantize"],
+        ["cast"],
+        ["sparsify"],
     ):
         shown = runner.invoke(cli.app, [*command, "--help"])
         assert shown.exit_code == 0
@@ -163,7 +166,8 @@ def test_a_shell_completes_candidates_and_options(words: str, expected: list[str
         (["run", MODEL, "--out", "outputs.txt"], 2, "OptionError"),
         (["run", MODEL, "--out", "/no/such/folder/outputs.npz"], 3, "DataError"),
         (["build", MODEL, "-c", "nosuch"], 1, "BackendUnavailable"),
-        (["build", MODEL, "-c", "onnxruntime:int8"], 1, "BackendUnavailable"),
+        (["build", MODEL, "-c", "onnxruntime:int8"], 3, "DataError"),
+        (["build", MODEL, "-c", "onnxruntime:fp8"], 1, "BackendUnavailable"),
         (["build", MODEL, "-c", "onnxruntime", "--out", "digits.bin"], 1, "BackendUnavailable"),
         (["build", MODEL, "-c", "onnxruntime", "--out", "."], 2, "OptionError"),
         (["build", MODEL, "-c", "onnxruntime", "--out", MODEL], 2, "OptionError"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -11,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import unirt
-from unirt import plugins
+from unirt import accuracy, cli, plugins, precision
 from unirt.comparison import Comparison, compare
 from unirt.testing import NETWORKS
 
@@ -350,6 +352,134 @@ def test_one_that_fails_while_timed_is_out(bent: Path, model: unirt.Model) -> No
     comparison = compare(model, ["bent", "onnxruntime"], FEW, seconds=0.05, options=options)
     assert "out of luck" in row_of(comparison, "bent").excluded
     assert str(comparison.winner) == "onnxruntime@cpu"
+
+
+def test_no_limit_is_wide_enough_for_what_is_not_finite(bent: Path, model: unirt.Model) -> None:
+    options = {"bent": {"how": "nan"}}
+    wide = compare(
+        model, ["bent", "onnxruntime"], FEW, seconds=0.05, options=options, max_error=float("inf")
+    )
+    assert "not finite" in row_of(wide, "bent").excluded
+    assert str(wide.winner) == "onnxruntime@cpu"
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64", "complex64", "bfloat16"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("share", [1, 1000])
+def test_nan_and_inf_fail_by_every_measure(kind: str, wrong: float, share: int) -> None:
+    reference = np.linspace(1, 2, share).astype(unirt.TensorSpec("y", kind, ()).numpy_dtype)
+    got = reference.copy()
+    got[share // 2] = wrong
+    for given, wanted in ((got, reference), (reference, got)):
+        assert accuracy.max_abs_error(given, wanted) == np.inf
+        assert accuracy.relative_error(given, wanted) == np.inf
+        assert accuracy.snr_db(given, wanted) == -np.inf
+        assert accuracy.share_differing(given, wanted) == 1 / share
+        meter = accuracy.ErrorMeter()
+        meter.add({"y": wanted}, {"y": wanted})
+        assert meter.result()[0].error == 0, "the same in both is no error"
+        meter.add({"y": given}, {"y": wanted})
+        meter.add({"y": wanted}, {"y": wanted})
+        (output,) = meter.result()
+        assert (output.error, output.max_abs, output.snr_db) == (np.inf, np.inf, -np.inf)
+
+
+# --- quantized on the way ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A number for each time that anybody calibrates."""
+    counted: list[int] = []
+    calibrate: Any = importlib.import_module("unirt.precision.calibrate")
+    real = calibrate.observe_with
+
+    def count(*given: Any) -> Any:
+        counted.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(calibrate, "observe_with", count)
+    return counted
+
+
+def test_all_are_quantized_from_one_calibration_on_the_data(calibrations: list[int]) -> None:
+    listed = ["onnxruntime", "onnxruntime:int8", "openvino:int8", "openvino:int8w"]
+    comparison = compare(DIGITS / "digits.onnx", listed, FEW, seconds=0.05, max_error=0.1)
+    assert len(calibrations) == 1
+    rows = {str(row.candidate): row for row in comparison.rows}
+    assert rows["onnxruntime@cpu"].quantization is None
+    for name in ("onnxruntime@cpu:int8", "openvino@cpu:int8"):
+        row = rows[name]
+        assert row.excluded == ""
+        assert 1e-3 < row.output_error < 0.1
+        assert row.quantization["recipe"].startswith("cpu")
+        assert row.quantization["calibration"] == {"method": "mse", "samples": 40}
+        assert "by mse of 40 samples" in row.notes[0]
+    assert rows["openvino@cpu:int8w"].quantization["calibration"] is None
+    text = str(comparison)
+    assert text.count("quantized by cpu") == 3
+    assert any("one calibration, by mse on 40 samples" in note for note in comparison.notes)
+    assert any("what was calibrated on" in note for note in comparison.notes)
+    told = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
+    by_name = {row["candidate"]: row for row in told["candidates"]}
+    assert by_name["openvino@cpu:int8"]["quantization"]["nodes"] >= 6
+    assert by_name["onnxruntime@cpu"]["notes"] == []
+
+
+def test_ranges_of_random_inputs_are_told_as_that() -> None:
+    comparison = compare(DIGITS / "digits.onnx", ["onnxruntime:int8"], seconds=0.05)
+    assert any("random inputs" in note for note in comparison.notes)
+    assert any("nor their errors are those of real data" in note for note in comparison.notes)
+    plainly = compare(DIGITS / "digits.onnx", ["onnxruntime:int8w"], seconds=0.05)
+    assert not any("calibrat" in note for note in plainly.notes)
+
+
+def test_a_calibration_that_is_given_serves_instead(
+    calibrations: list[int], tmp_path: Path
+) -> None:
+    found = precision.calibrate(DIGITS / "digits.onnx", FEW, method="percentile")
+    path = found.save(tmp_path / "ranges.json")
+    calibrations.clear()
+    comparison = compare(
+        DIGITS / "digits.onnx", ["onnxruntime:int8"], FEW, seconds=0.05, calibration=path
+    )
+    assert calibrations == []
+    assert "the calibration given, by percentile 99" in comparison.notes[-1]
+    command = ["compare", str(DIGITS / "digits.onnx"), "onnxruntime:int8", "--seconds", "0.05"]
+    command += ["--calibration", str(path), "--data", str(TEST), "--max-error", "0.5"]
+    done = CliRunner().invoke(cli.app, command, env={"COLUMNS": "300"})
+    assert done.exit_code == 0, done.output
+    assert re.search(r"onnxruntime@cpu:int8 +quantized to int8 by the recipe cpu", done.stdout)
+
+
+def test_data_that_nobody_can_calibrate_on_costs_only_those_who_must(
+    calibrations: list[int],
+) -> None:
+    image = FEW["image"].copy()
+    image[3, 0, 0, 0] = np.nan
+    listed = ["onnxruntime", "onnxruntime:int8", "openvino:int8", "onnxruntime:int8w"]
+    comparison = compare(DIGITS / "digits.onnx", listed, {"image": image}, seconds=0.05)
+    assert len(calibrations) == 1
+    for row in comparison.rows:
+        if row.candidate.precision == "int8":
+            assert isinstance(row.error, unirt.DataError)
+            assert "holds NaN in sample 3" in row.excluded
+        else:
+            assert row.latency is not None
+
+
+def test_a_quantized_engine_is_not_taken_for_the_trusted_one() -> None:
+    wide = {"image": np.tile(FEW["image"], (60, 1, 1, 1))}  # too much for NumPy
+    listed = ["onnxruntime:int8w", "openvino"]
+    comparison = compare(DIGITS / "digits.onnx", listed, wide, seconds=0.05)
+    assert str(comparison.reference) == "onnxruntime@cpu"
+    assert row_of(comparison, "onnxruntime").output_error > 1e-3
+    assert row_of(comparison, "openvino").output_error < 1e-5
+    named = compare(
+        DIGITS / "digits.onnx", ["onnxruntime"], FEW, reference="onnxruntime:int8w", seconds=0.05
+    )
+    assert str(named.reference) == "onnxruntime@cpu:int8w"
+    assert named.rows[0].output_error > 1e-3
 
 
 # --- the reference -------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from unirt.plugins import Plugin
 from unirt.testing import NETWORKS
 from unirt.testing.networks import onnx_bytes
 
+calibrate: Any = importlib.import_module("unirt.precision.calibrate")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "digits"
 TEST = np.load(EXAMPLE / "test.npz")
 
@@ -169,13 +172,63 @@ def test_what_is_no_list_of_candidates_is_refused(wrong: Any) -> None:
 def test_a_precision_the_graph_does_not_have_is_refused_with_the_reason() -> None:
     with unirt.load(EXAMPLE / "digits.onnx", "onnxruntime:fp32") as session:
         assert accuracy(session) >= 0.97
-    with pytest.raises(unirt.BackendUnavailable, match=r"in float32.* to int8"):
-        unirt.load(EXAMPLE / "digits.onnx", "onnxruntime:int8")
-    wanted = ["onnxruntime:fp16", "onnxruntime:int8", "onnxruntime:fp7"]
+    with pytest.raises(unirt.BackendUnavailable, match=r"in float32.* to fp4"):
+        unirt.load(EXAMPLE / "digits.onnx", "onnxruntime:fp4")
+    wanted = [f"onnxruntime:{name}" for name in ("fp16", "int8", "int4w", "int4", "fp8", "fp7")]
     selection = unirt.select(EXAMPLE / "digits.onnx", wanted)
-    assert list(map(str, selection.candidates)) == ["onnxruntime:fp16"]
-    assert "to int8" in selection.excluded["onnxruntime:int8"]
+    assert set(map(str, selection.candidates)) == set(wanted[:3])
+    assert "int4w" in selection.excluded["onnxruntime:int4"]
+    assert re.search(r"recipe cpu.*, which has no fp8", selection.excluded["onnxruntime:fp8"])
     assert "'fp7' is no precision" in selection.excluded["onnxruntime:fp7"]
+
+
+# --- quantized on the way ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", ["onnxruntime:int8", ["onnxruntime:int8", "onnxruntime"]])
+def test_activations_need_data_and_the_error_says_how_to_give_it(wanted: Any) -> None:
+    with pytest.raises(unirt.DataError) as caught:
+        unirt.load(EXAMPLE / "digits.onnx", wanted)
+    for way in ("samples=[", "calibration=", "onnxruntime:int8w"):
+        assert way in caught.value.remedy
+    assert caught.value.candidate == "onnxruntime:int8"
+    with unirt.load(EXAMPLE / "digits.onnx", "onnxruntime:int8w") as session:
+        assert accuracy(session) >= 0.97
+
+
+def test_a_decision_tells_recipe_calibration_and_nodes() -> None:
+    images = [image[None] for image in TEST["image"][:50]]
+    with unirt.load(EXAMPLE / "digits.onnx", "onnxruntime:int8", samples=images) as session:
+        assert accuracy(session) >= 0.97
+        told = session.decision.to_dict()
+    assert told["quantization"]["recipe"] in ("cpu", "cpu-vnni")
+    assert told["quantization"]["calibration"] == {"method": "mse", "samples": 50}
+    assert told["quantization"]["nodes"] >= 6
+    assert told["quantization"]["kept"] == {}
+    assert "by mse of 50 samples" in told["notes"][0]
+    with unirt.load(EXAMPLE / "digits.onnx", "onnxruntime") as session:
+        assert session.decision.quantization is None
+        assert session.decision.notes == ()
+
+
+def test_all_listed_candidates_share_one_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses = Refuses()
+    refuses.name = "refuses"  # type: ignore[misc]
+    monkeypatch.setitem(plugins._loaded, "refuses", Plugin("refuses", "test", refuses))
+    calibrations: list[int] = []
+    real = calibrate.observe_with
+
+    def count(*given: Any) -> Any:
+        calibrations.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(calibrate, "observe_with", count)
+    listed = ["refuses:int8", "openvino:int8"]
+    images = (image[None] for image in TEST["image"][:8])
+    with unirt.load(EXAMPLE / "digits.onnx", listed, samples=images) as session:
+        assert session.decision.fell_back
+        assert session.decision.quantization["calibration"]["samples"] == 8
+    assert len(calibrations) == 1
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:

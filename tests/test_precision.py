@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
 import unirt
+from unirt import Model, OptionError
 from unirt.precision import Cast, cast
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "digits.onnx"
@@ -410,6 +411,62 @@ def test_weights_that_would_vanish_keep_their_node_in_float32() -> None:
     _, result = narrow(graph(text, weights), {"x": np.zeros(4, np.float32)}, 5e-3)
     assert set(result.kept) == {"tiny", "safe"}  # but no dead channels beside living ones
     assert "4 of 4 values of 'w' become 0" in result.kept["tiny"]
+
+
+LOUD = """<ir_version: 8, opset_import: ["": 17]>
+g (float[N, 8] x) => (float[N, 8] y) {
+  gain = Constant <value_float = 200.0> ()
+  [up] big = Mul (x, gain)
+  [square] squared = Mul (big, big)
+  axes = Constant <value_ints = [1]> ()
+  [total] sum = ReduceSum (squared, axes)
+  [share] part = Div (squared, sum)
+  [down] y = Sqrt (part)
+}"""
+
+
+def test_values_that_leave_the_range_keep_their_nodes_in_float32() -> None:
+    model = Model(parser.parse_model(LOUD))
+    x = np.linspace(-4, 4, 64, dtype=np.float32).reshape(8, 8)
+    with unirt.load(model, "reference") as session:
+        right = session.run(x)["y"]
+        blind, seeing = cast(model, "fp16"), cast(model, "fp16", data=[x[:4], x[4:]])
+    assert not blind.kept
+    assert set(seeing.kept) == {"square", "total", "share"}
+    assert "'squared' reaches 640000, and fp16 65504" in seeing.kept["square"]
+    for done, holds in ((blind, False), (seeing, True)):
+        # Not onnxruntime, which computes all of this in float32 on a CPU.
+        with unirt.load(done.model, "reference") as session, np.errstate(all="ignore"):
+            assert np.allclose(session.run(x)["y"], right, atol=2e-3) is holds
+
+
+def test_values_too_small_for_the_range_keep_their_nodes_in_float32() -> None:
+    text = LOUD.replace("200.0", "0.0001")
+    done = cast(Model(parser.parse_model(text)), "fp16", data=[np.ones((2, 8), np.float32)])
+    assert "'squared' is at most 1e-08, where fp16 has few digits left" in done.kept["square"]
+    assert not cast(Model(parser.parse_model(text)), "bf16", data=[np.ones((2, 8), "f4")]).kept
+
+
+def test_what_a_mask_switches_off_is_no_value_out_of_range() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[2, 4] x, bool[2, 4] off) => (float[2, 4] y) {
+      low = Constant <value_float = -1e9> ()
+      zero = Constant <value_float = 0.0> ()
+      mask = Where (off, low, zero)
+      scores = Add (x, mask)
+      y = Softmax (scores)
+    }"""
+    off = np.array([[False, True, False, False], [True, False, False, True]])
+    feed = {"x": np.ones((2, 4), np.float32), "off": off}
+    assert not cast(Model(parser.parse_model(text)), "fp16", data=[feed]).kept
+
+
+def test_nodes_stay_in_float32_when_told_so() -> None:
+    model = Model(parser.parse_model(LOUD))
+    done = cast(model, "fp16", keep=["share"])
+    assert done.kept == {"share": "it was told to stay"}
+    with pytest.raises(OptionError, match="Did you mean 'share'"):
+        cast(model, "fp16", keep=["shar"])
 
 
 def test_a_huge_divisor_is_no_mask() -> None:

@@ -32,6 +32,9 @@ IMAGES = np.load(DIGITS.parent / "test.npz")
 
 Arrays = Mapping[str, Any]
 
+CONVOLVING = [name for name, one in RECIPES.items() if not one.int8_operators]
+"""Recipes for targets that have convolutions in int8."""
+
 
 class Net:
     """Builds a graph node by node; weights as He and others scale them, from a seed."""
@@ -460,7 +463,7 @@ def test_an_output_that_is_quantized_keeps_its_name_and_its_readers() -> None:
     }"""
     model = graph(text, {"w": values(4, 4, 1, 1), "v": values(4, 4, 1, 1, seed=1)})
     feed = {"x": values(2, 4, 6, 6)}
-    for recipe in RECIPES:
+    for recipe in CONVOLVING:
         found = calibrate(model, [feed], method="max")
         result = quantize(model, found, "int8", recipe)
         assert [spec.name for spec in result.model.outputs] == ["c", "y"]
@@ -469,7 +472,18 @@ def test_an_output_that_is_quantized_keeps_its_name_and_its_readers() -> None:
         assert snr_db(run(result, feed, exactly=True), run(model, feed)) > 35
 
 
-@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_a_target_without_int8_convolutions_gets_none_and_keeps_those_in_fp8() -> None:
+    model = mobilenet()
+    found = calibrate(model, [pictures(2, 0)], method="max")
+    result = quantize(model, found, "int8", "tensorrt-rtx")
+    assert result.nodes
+    assert not any("conv" in name for name in result.nodes)
+    assert any("knows no low-precision Conv" in reason for reason in result.kept.values())
+    in_fp8 = quantize(model, found, "fp8", "tensorrt-rtx")
+    assert any("conv" in name for name in in_fp8.nodes)
+
+
+@pytest.mark.parametrize("recipe", CONVOLVING)
 def test_any_single_node_of_a_network_can_stay_in_float32(recipe: str) -> None:
     model = mobilenet()
     found = calibrate(model, [pictures(2, 0)], method="max")

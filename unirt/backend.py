@@ -101,8 +101,15 @@ class Backend(abc.ABC):
     """Model formats it reads (`onnx`, `tflite`), the preferred one first."""
     options: ClassVar[type[Options]] = Options
     """Its options, a frozen dataclass."""
-
     _availability: Availability | None = None
+
+    @property
+    def quantization(self) -> str:
+        """By which of `unirt.precision.RECIPES` graphs are quantized for it: `tensorrt` for an
+        engine that takes int8 around zero only and fuses as TensorRT does. Empty: the one of its
+        own name, else one for the CPU, by its instruction sets.
+        """
+        return ""
 
     @abc.abstractmethod
     def _probe(self) -> Availability:
@@ -154,7 +161,7 @@ class Backend(abc.ABC):
         """
         model = Model.open(model)
         parsed = self.options.parse(options, owner=self.name)
-        target = self._device(device)
+        target = self.find_device(device)
         file = model.file(self.formats)
         if file is None:
             raise BuildError(
@@ -230,7 +237,9 @@ class Backend(abc.ABC):
                 path=path,
             ) from error
 
-    def _device(self, wanted: str | None) -> Device:
+    @final
+    def find_device(self, wanted: str | None) -> Device:
+        """The device that `wanted` names, or the default one. Raises BackendUnavailable."""
         availability = self.probe()
         candidate = Candidate(self.name, wanted)
         target = availability.target(wanted)
@@ -273,8 +282,9 @@ class Engine(ClosesOnExit):
     options: Options
     build_seconds: float
     precision: str | None = None
-    """The candidate's: the graph has it, or was cast to it. None: as the graph says."""
+    """The candidate's: the graph has it, or was brought to it. None: as the graph says."""
     _notes: tuple[str, ...] = ()
+    _quantization: Callable[[], Mapping[str, object]] | None = None
 
     @abc.abstractmethod
     def _new_session(self) -> Session:
@@ -316,16 +326,29 @@ class Engine(ClosesOnExit):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a cast to the candidate's precision changed beyond types, and which nodes it left.
+        """What was done to the graph for the candidate's precision, and which nodes it left; what
+        the backend adds.
 
-        A backend whose engine was compiled before keeps them in `_notes`.
+        A backend puts its own in `_notes`, and those of the file where it keeps compiled engines.
         """
-        return self.file.notes or self._notes
+        return tuple(dict.fromkeys((*self.file.notes, *self._notes)))
+
+    @property
+    def quantization(self) -> Mapping[str, object] | None:
+        """How UniRT quantized the graph for this engine: precision, recipe, calibration, how many
+        nodes, and which it kept for what reason. None if it did not.
+        """
+        return None if self._quantization is None else self._quantization()
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """What the backend reports about this engine: providers in use, threads, caches."""
-        return self._facts
+        """What the backend reports about this engine: providers in use, threads, caches; and its
+        `quantization`, if there is one.
+        """
+        quantization = self.quantization
+        return (
+            self._facts if quantization is None else {**self._facts, "quantization": quantization}
+        )
 
     @final
     def inspect(self) -> EngineReport:

@@ -20,9 +20,11 @@ from unirt.accuracy import (
     mismatch,
     top1,
 )
+from unirt.candidates import Candidates, select
 from unirt.data import DataSource, Samples, Shapes, samples_for
+from unirt.derivation import CalibrationSource, Ranges, told_ranges
 from unirt.errors import BackendUnavailable, DataError, OptionError, UnirtError, sentence
-from unirt.loading import Candidates, build, select
+from unirt.loading import compiled
 from unirt.measure import Timing, machine, measure, measure_throughput
 from unirt.model import Model, ModelSource
 from unirt.options import Options
@@ -53,7 +55,8 @@ class Result:
     `throughput` is in samples per second, by `stream` (`Session.map`, with several calls in flight)
     or by `calls` one after the other, whichever gave more. `ratio` is its median latency over that
     of the fastest eligible one. `task_accuracy` is top-1, 0 to 1. `excluded` says why it cannot
-    win, and `error` is the exception behind that, if any.
+    win, and `error` is the exception behind that, if any. `notes` and `quantization` are those of
+    its engine: what was done to the graph for the candidate's precision.
     """
 
     candidate: Candidate
@@ -70,6 +73,8 @@ class Result:
     excluded: str = ""
     hint: str = ""
     error: UnirtError | None = None
+    notes: tuple[str, ...] = ()
+    quantization: Mapping[str, object] | None = None
 
     @property
     def output_error(self) -> float | None:
@@ -94,7 +99,17 @@ class Result:
             "is_reference": self.is_reference,
             "task_accuracy": self.task_accuracy,
             "build_seconds": self.build_seconds,
+            "quantization": None if self.quantization is None else dict(self.quantization),
+            "notes": list(self.notes),
         }
+
+    @property
+    def recipe(self) -> str:
+        """By which recipe its graph was quantized, from which ranges; empty if it was not."""
+        if self.quantization is None:
+            return ""
+        told, source = str(self.quantization["recipe"]), self.quantization["calibration"]
+        return f"{told}, {source['method']}" if isinstance(source, Mapping) else told
 
 
 @dataclass(frozen=True)
@@ -150,6 +165,8 @@ class Comparison:
                 told.append(f"error {row.output_error:.1e}")
             if row.task_accuracy is not None:
                 told.append(f"accuracy {row.task_accuracy:.2%}")
+            if row.recipe:
+                told.append(f"quantized by {row.recipe}")
             if row.excluded:
                 told.append(f"out: {row.excluded}")
             lines.append(f"  {row.candidate!s:24} {', '.join(told)}")
@@ -172,6 +189,8 @@ class _Entrant:
     excluded: str = ""
     hint: str = ""
     error: UnirtError | None = None
+    notes: tuple[str, ...] = ()
+    quantization: Mapping[str, object] | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -194,6 +213,7 @@ def compare(
     seed: int = 0,
     shapes: Shapes | None = None,
     options: Mapping[str, object] | None = None,
+    calibration: CalibrationSource | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """The model on each candidate: latency, throughput, error, task accuracy, and the winner.
@@ -202,6 +222,9 @@ def compare(
     these, and one that fails keeps its error as the reason while the others go on. `data` is a .npz
     file or a mapping, see `unirt.data.load_samples`; without it inputs are random, by `seed` and
     `shapes`. `options` maps backend names to options.
+
+    A candidate's precision is made in the graph as `build` does it, and all are quantized from one
+    calibration: the one given, else one made of the data that answers are judged on, with a note.
 
     All engines are open at once and take turns, for about `seconds` each, three quarters of them
     for latency. A call holds `batch` samples (default: 1, or what the model fixes). Answers are
@@ -229,6 +252,7 @@ def compare(
     size = samples.call_size(batch)
     largest = _judged_size(samples, size, batch)
     suits = oracle_suits(model, samples)
+    ranges = Ranges(model, calibration, samples)
     notes: list[str] = []
     for entrant in entrants if candidates is None and not suits else ():
         if entrant.candidate.backend == "reference" and not entrant.excluded:
@@ -242,7 +266,9 @@ def compare(
 
         def opened(candidate: Candidate) -> Session:
             own: Any = (options or {}).get(candidate.backend)
-            engine = build(model, candidate, options=own, samples=calls, hot_shapes=[hot])
+            engine = compiled(
+                model, candidate, ranges, options=own, samples=calls, hot_shapes=[hot]
+            )
             return stack.enter_context(engine).session()
 
         _open(entrants, opened, tell)
@@ -253,6 +279,7 @@ def compare(
             sizes = (largest, size)
             judge = _judge(entrants, judges, alone, samples, sizes, max_error, notes, tell)
             _time(entrants, samples, size, seconds, seed, tell)
+        notes += _told_of_ranges(ranges, samples, random=data is None)
         rows = _rows(entrants, judge, samples.rows * size, max_error)
     winner, why = _verdict(rows, judge.candidate if judge else None, max_error)
     return Comparison(
@@ -301,6 +328,25 @@ def _entrants(model: Model, candidates: Candidates | None) -> list[_Entrant]:
     return [*entrants.values()]
 
 
+def _told_of_ranges(ranges: Ranges, samples: Samples, *, random: bool) -> list[str]:
+    """Where the ranges of all that were quantized are from."""
+    told = []
+    for kind, used in ranges.used.items():
+        what = "the .tflite is" if kind == "tflite" else "graphs are"
+        if used is ranges.given:
+            told.append(f"{what} quantized from the calibration given, by {told_ranges(used)}")
+            continue
+        data = f"{used.samples:,} random inputs" if random else samples.description
+        told.append(f"{what} quantized from one calibration, by {used.method} on {data}")
+    if any(used is not ranges.given for used in ranges.used.values()):
+        told.append(
+            "neither these ranges nor their errors are those of real data"
+            if random
+            else "answers are judged on what was calibrated on: on other data they may be worse"
+        )
+    return told
+
+
 def _check_options(
     entrants: Sequence[_Entrant], reference: Candidate | None, options: Mapping[str, object] | None
 ) -> None:
@@ -333,7 +379,9 @@ def _open(
         except UnirtError as error:
             entrant.fail(error)
         else:
-            entrant.build_seconds = entrant.session.engine.build_seconds
+            engine = entrant.session.engine
+            entrant.build_seconds = engine.build_seconds
+            entrant.notes, entrant.quantization = engine.notes, engine.quantization
 
 
 # --- how right -----------------------------------------------------------------------------------
@@ -383,7 +431,8 @@ def _judges(
 
 
 def _same(candidate: Candidate, wanted: Candidate) -> bool:
-    return candidate.backend == wanted.backend and wanted.device in (None, candidate.device)
+    """Whether a candidate is the wanted one; without a device, on any."""
+    return replace(wanted, device=wanted.device or candidate.device) == candidate
 
 
 def _judged_size(samples: Samples, size: int, batch: int | None) -> int:
@@ -422,7 +471,7 @@ def _judge(
             if judge in failed:
                 continue
             clean = not failed and all(
-                output.error <= max_error for e in entrants for output in e.meter.result()
+                _within(output, max_error) for e in entrants for output in e.meter.result()
             )
             if rows == size or clean:
                 _drop(failed)
@@ -537,12 +586,8 @@ def _rows(
     for entrant in entrants:
         errors = entrant.meter.result() if entrant.session and entrant is not judge else ()
         excluded = entrant.excluded
-        worst = max(errors, key=lambda output: output.error, default=None)
-        if not excluded and judge and worst and worst.error > max_error:
-            excluded = (
-                f"not eligible: error {worst.error:.1e} > {max_error:g} against {judge.candidate}, "
-                f"in the output {worst.name!r}"
-            )
+        if not excluded and judge:
+            excluded = _too_far(errors, judge.candidate, max_error)
         speed, way = _fastest_way(entrant)
         rows.append(
             Result(
@@ -559,6 +604,8 @@ def _rows(
                 excluded=excluded,
                 hint=entrant.hint,
                 error=entrant.error,
+                notes=entrant.notes,
+                quantization=entrant.quantization,
             )
         )
     rows.sort(key=_place)
@@ -567,6 +614,23 @@ def _rows(
         replace(row, ratio=row.latency.median / fastest) if row.latency and fastest else row
         for row in rows
     )
+
+
+def _within(output: OutputError, max_error: float) -> bool:
+    """No limit is wide enough where only one side is finite."""
+    return output.error <= max_error and math.isfinite(output.max_abs or 0)
+
+
+def _too_far(errors: Sequence[OutputError], judge: Candidate, max_error: float) -> str:
+    beyond = [output for output in errors if not _within(output, max_error)]
+    if not beyond:
+        return ""
+    worst = max(beyond, key=lambda output: output.error)
+    if worst.error > max_error:
+        told = f"error {worst.error:.1e} > {max_error:g} against {judge}, in the output"
+    else:
+        told = f"values are not finite where those of {judge} are, or the reverse, in the output"
+    return f"not eligible: {told} {worst.name!r}"
 
 
 def _place(row: Result) -> tuple[bool, bool, float, str]:

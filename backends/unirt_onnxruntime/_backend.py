@@ -56,6 +56,10 @@ EXTENDED = {
     "float8_e5m2fnuz": 20,
 }
 CUDA_LEGACY_STREAM = 1
+FLOAT8 = (
+    "the graph holds fp8, so it is optimized as far as `basic` only, and its Q/DQ are left alone: "
+    "ONNX Runtime takes them for int8, and then refuses the graph or answers wrong"
+)
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,19 @@ class OnnxRuntimeEngine(Engine):
             self._providers.append(PROVIDERS["cpu"])
         self._settings, self._target, self._source = options, device, file
         # Weights beside the model are found relative to its path, so such a model goes in by path.
-        self.native = self._open(str(file.path) if file.external else file.read())
+        content = str(file.path) if file.external else file.read()
+        types = [*file.weight_dtypes, *(spec.dtype for spec in (*file.inputs, *file.outputs))]
+        self._careful = any(name.startswith("float8") for name in types)
+        try:
+            self.native = self._open(content)
+        except Exception as error:
+            # Where only nodes know of fp8, the refusal tells.
+            if self._careful or "float8" not in str(error):
+                raise
+            self._careful = True
+            self.native = self._open(content)
+        if self._careful and options.optimization not in ("disable", "basic"):
+            self._notes = (FLOAT8,)
         self._check_provider(provider, device, self.native.get_providers())
         nodes = self._count_nodes(provider, device, options)
         self._facts = {
@@ -162,7 +178,7 @@ class OnnxRuntimeEngine(Engine):
         """A session of its own, `change` having had its settings; `optimized` ones stay as is."""
         import onnxruntime
 
-        settings = _session_options(onnxruntime, self._target, self._settings)
+        settings = _session_options(onnxruntime, self._settings, self._careful)
         if optimized:
             settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if change is not None:
@@ -227,7 +243,8 @@ class OnnxRuntimeEngine(Engine):
         del self.native
 
 
-def _session_options(onnxruntime: Any, device: Device, options: OnnxRuntimeOptions) -> Any:
+def _session_options(onnxruntime: Any, options: OnnxRuntimeOptions, careful: bool) -> Any:
+    """`careful` ones leave fp8 as it is in the graph."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # its warnings go to stderr; what matters is checked here
     if options.threads is not None:
@@ -244,7 +261,9 @@ def _session_options(onnxruntime: Any, device: Device, options: OnnxRuntimeOptio
         "extended": level.ORT_ENABLE_EXTENDED,
         "layout": level.ORT_ENABLE_LAYOUT,
         "all": level.ORT_ENABLE_ALL,
-    }[options.optimization]
+    }["basic" if careful and options.optimization != "disable" else options.optimization]
+    if careful:
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
     settings.enable_cpu_mem_arena = options.memory_arena
     settings.use_deterministic_compute = options.deterministic
     if options.spin is not None:

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 
 from unirt import Availability, Backend, Device, Engine, ModelFile, Options, Session
+from unirt_reference._operators import corrections
+
+_MAIN = ("", "ai.onnx")
 
 
 class ReferenceBackend(Backend):
@@ -28,38 +31,8 @@ class ReferenceBackend(Backend):
         from onnx.reference import ReferenceEvaluator
 
         model = onnx.load(str(file.path)) if file.external else onnx.load_from_string(file.read())
-        # From opset 7 until training_mode came with 14, one output meant inference; the evaluator
-        # mixes in the batch's own statistics all the same.
-        corrected = [_batch_normalization()] if 7 <= file.opset.get("ai.onnx", 0) < 14 else []
-        return ReferenceEngine(ReferenceEvaluator(model, new_ops=corrected))
-
-
-def _batch_normalization() -> type:
-    from onnx.reference.op_run import OpRun
-
-    class BatchNormalization(OpRun):
-        op_domain = ""
-
-        def _run(
-            self,
-            x: Any,
-            scale: Any,
-            bias: Any,
-            mean: Any,
-            var: Any,
-            epsilon: float | None = None,
-            momentum: float | None = None,
-            training_mode: int | None = None,  # of the newest schema, which is asked for it
-            spatial: int | None = None,
-        ) -> tuple[Any]:
-            if len([name for name in self.onnx_node.output if name]) > 1 or spatial == 0:
-                raise ValueError("BatchNormalization is only evaluated in inference mode")
-            per_channel = (-1, *[1] * (x.ndim - 2))
-            factor = scale / np.sqrt(var + (1e-5 if epsilon is None else epsilon))
-            shift = bias - mean * factor
-            return ((x * factor.reshape(per_channel) + shift.reshape(per_channel)).astype(x.dtype),)
-
-    return BatchNormalization
+        opset = next((one.version for one in model.opset_import if one.domain in _MAIN), 0)
+        return ReferenceEngine(ReferenceEvaluator(model, new_ops=corrections(opset)))
 
 
 class ReferenceEngine(Engine):

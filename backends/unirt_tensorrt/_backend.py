@@ -46,6 +46,15 @@ class TensorRTBackend(Backend):
     options = TensorRTOptions
     engine_suffixes = (".plan", ".engine")
 
+    @property
+    def quantization(self) -> str:
+        try:
+            library = _library.load()
+        except Exception:  # noqa: BLE001 - the probe says what is wrong with it
+            return "tensorrt"
+        old = library.is_rtx and tuple(map(int, library.version.split(".")[:2])) < (1, 7)
+        return "tensorrt-rtx" if old else "tensorrt"
+
     def _probe(self) -> Availability:
         try:
             library = _library.load()

@@ -14,8 +14,13 @@ from unirt_onnxruntime._backend import OnnxRuntimeBackend
 from unirt_onnxruntime._layers import WARM_UP, medians, read_layers, refuse_launch_times
 
 import unirt
+from unirt import precision
+from unirt.accuracy import snr_db
 from unirt.testing import NETWORKS, BackendConformance
 from unirt.types import Availability
+
+DIGITS = Path(__file__).parent.parent.parent / "examples" / "digits" / "digits.onnx"
+IMAGES = np.load(DIGITS.with_name("test.npz"))["image"][:64]
 
 
 class TestOnnxRuntime(BackendConformance):
@@ -483,3 +488,67 @@ def test_layers_of_one_name_have_medians_of_their_own() -> None:
     """The first runs do not count, and an interrupted one does not matter."""
     times = [9.0, 90.0] * WARM_UP + [1.0, 10.0] * 10 + [500.0, 10.0]
     assert medians(times, WARM_UP + 11) == [1.0, 10.0]
+
+
+# --- fp8 -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fp8() -> Any:
+    """The digits network with Q/DQ in fp8, as `onnx` reads it."""
+    import onnx
+
+    ranges = precision.calibrate(DIGITS, {"image": IMAGES}, method="max")
+    return onnx.load_from_string(precision.quantize(DIGITS, ranges, "fp8").model.primary.read())
+
+
+def in_nodes(model: Any) -> Any:
+    """The same with its fp8 tensors in Constant nodes, which nobody counts as weights."""
+    from onnx import ModelProto, TensorProto, helper
+
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    small = [t for t in copy.graph.initializer if t.data_type == TensorProto.FLOAT8E4M3FN]
+    for tensor in small:
+        copy.graph.initializer.remove(tensor)
+        copy.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+    assert small
+    return copy
+
+
+@pytest.mark.parametrize("optimization", ["disable", "basic", "extended", "all"])
+@pytest.mark.parametrize("stored", [lambda model: model, in_nodes])
+def test_fp8_is_right_however_far_the_graph_was_to_be_optimized(
+    fp8: Any, stored: Any, optimization: str
+) -> None:
+    """ONNX Runtime 1.31 takes fp8 for int8 from `extended` on."""
+    content = stored(fp8).SerializeToString()
+    chosen = {"optimization": optimization}
+    with (
+        unirt.load(content, "reference") as oracle,
+        unirt.load(content, "onnxruntime", options=chosen) as session,
+    ):
+        expected, got = oracle.run(IMAGES)["logits"], session.run(IMAGES)["logits"]
+        notes = session.engine.notes
+    assert snr_db(got, expected) > 40
+    assert [note for note in notes if "fp8" in note and "`basic`" in note] == list(notes)
+    assert bool(notes) == (optimization in ("extended", "all"))
+
+
+def test_what_holds_no_fp8_is_optimized_as_asked() -> None:
+    ranges = precision.calibrate(DIGITS, {"image": IMAGES})
+    with unirt.build(precision.quantize(DIGITS, ranges, "int8", "cpu").model, "onnxruntime") as e:
+        assert e.notes == ()
+        assert {"QLinearConv"} <= {layer.kind for layer in e.inspect().layers}
+
+
+def test_another_refusal_is_told_as_it_is() -> None:
+    from onnx import helper
+
+    node = helper.make_node("NoSuch", ["x"], ["y"], domain="acme")
+    ends = [helper.make_tensor_value_info(name, 1, [2]) for name in "xy"]
+    graph = helper.make_graph([node], "float8", ends[:1], ends[1:])
+    opsets = [helper.make_opsetid("", 19), helper.make_opsetid("acme", 1)]
+    model = helper.make_model(graph, ir_version=9, opset_imports=opsets)
+    with pytest.raises(unirt.BuildError, match="NoSuch"):
+        unirt.build(model, "onnxruntime")

@@ -1,4 +1,5 @@
-"""The command line: `unirt doctor`, `inspect`, `select`, `build`, `run`, `compare`, `explain`.
+"""The command line: `unirt doctor`, `inspect`, `select`, `build`, `run`, `compare`, `explain`, and
+those that make another model of one: `quantize`, `cast`, `sparsify`.
 
 Engines load only in commands that run them, and only then.
 """
@@ -16,13 +17,16 @@ from rich.console import Console
 
 from unirt.cli import outcome
 from unirt.cli.build import build
+from unirt.cli.cast import cast
 from unirt.cli.compare import compare
 from unirt.cli.doctor import doctor
 from unirt.cli.explain import explain
 from unirt.cli.inspect import inspect
 from unirt.cli.outcome import EXIT_CODES
+from unirt.cli.quantize import quantize
 from unirt.cli.run import run
 from unirt.cli.select import select
+from unirt.cli.sparsify import sparsify
 from unirt.cli.terminal import leave_quietly, prepare_streams, safe, stdout
 
 __all__ = ["app", "main"]
@@ -34,7 +38,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EXIT_CODES,
 )
-for command in (doctor, inspect, select, build, run, compare, explain):
+COMMANDS = (doctor, inspect, select, build, run, compare, explain, quantize, cast, sparsify)
+for command in COMMANDS:
     # Typer keeps the line breaks of all paragraphs but the first.
     text = re.sub(r"(?<!\n)\n(?!\n)", " ", getdoc(command) or "")
     app.command(help=text, epilog=EXIT_CODES)(command)

@@ -85,6 +85,15 @@ HotTexts = Annotated[
         "them. Repeatable.",
     ),
 ]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Ranges from which int8 and fp8 candidates are quantized, as "
+        "`unirt quantize --save-calibration` saves them.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of random inputs.")]
 
 

@@ -16,6 +16,7 @@ from unirt import plugins
 from unirt.backend import Engine, SupportsEngineFiles
 from unirt.cli.arguments import (
     Beside,
+    CalibrationFile,
     Debug,
     HotTexts,
     Json,
@@ -32,8 +33,10 @@ from unirt.cli.arguments import (
 )
 from unirt.cli.outcome import reporting
 from unirt.cli.terminal import building, duration, print_pairs, size_text, stdout
+from unirt.data import load_samples
+from unirt.derivation import Ranges
 from unirt.errors import OptionError
-from unirt.loading import build as build_engine
+from unirt.loading import compiled
 from unirt.types import Candidate
 
 
@@ -51,6 +54,15 @@ def build(
     option: OptionTexts = None,
     profile: ProfileTexts = None,
     hot: HotTexts = None,
+    calibration: CalibrationFile = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FILE.NPZ",
+            help="Samples by input name, along axis 0, to calibrate on for int8 and fp8.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Where to save the engine.")
     ] = None,
@@ -69,13 +81,16 @@ def build(
         profiles, hot_shapes = read_profiles(profile), read_hot_shapes(hot)
         if out is not None:
             _check_out(out, model, named.backend)
+        samples = load_samples(opened.inputs, data) if data is not None else ()
+        ranges = Ranges(opened, calibration, samples)
         with (
             building(opened.name, as_json) as progress,
             hinting_beside(opened, model, named, beside),
         ):
-            engine = build_engine(
+            engine = compiled(
                 opened,
                 named,
+                ranges,
                 options=options or None,
                 profiles=profiles,
                 hot_shapes=hot_shapes,
@@ -120,7 +135,9 @@ def document(engine: Engine) -> dict[str, Any]:
 def show(console: Console, engine: Engine) -> None:
     took = duration(engine.build_seconds)
     console.print(Text.assemble((str(engine.candidate), "bold"), f", built in {took}"))
-    print_pairs(console, _facts({**engine.facts, "cast": engine.notes}), indent=2)
+    # The notes say what was done to the graph, with all that its `quantization` holds.
+    told = {name: value for name, value in engine.facts.items() if name != "quantization"}
+    print_pairs(console, _facts({**told, "notes": engine.notes}), indent=2)
 
 
 def _facts(facts: Mapping[str, object]) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from unirt.cli.arguments import (
+    CalibrationFile,
     Debug,
     Json,
     ModelPath,
@@ -83,6 +84,7 @@ def compare(
     seed: Seed = 0,
     shape: ShapeTexts = None,
     option: OptionTexts = None,
+    calibration: CalibrationFile = None,
     beside: Annotated[
         bool,
         typer.Option(
@@ -97,7 +99,8 @@ def compare(
 
     Candidates take turns in short rounds. Latency is of single calls; samples/s is what they give,
     or a stream with several calls in flight if that gives more; error is relative to the answers of
-    the reference.
+    the reference. Candidates in int8 or fp8 are quantized from one calibration: of --calibration,
+    else made of the data.
     """
     with reporting(as_json, debug) as report:
         notes: list[str] = []
@@ -116,6 +119,7 @@ def compare(
                 seed=seed,
                 shapes=read_shapes(shape),
                 options=read_options(option, alone),
+                calibration=calibration,
                 progress=teller,
             )
         rows = with_beside_hints(comparison.rows, opened, model, beside)
@@ -161,6 +165,17 @@ def show(console: Console, model: Model, comparison: Comparison, notes: list[str
         ]
         print_table(
             console, _columns(measured), [_cells(row, measured) for row in measured], styles
+        )
+    noted = [row for row in comparison.rows if row.notes]
+    if noted:
+        print_heading(console, "Graphs")
+        print_pairs(
+            console,
+            [
+                (str(row.candidate) if not at else "", note)
+                for row in noted
+                for at, note in enumerate(row.notes)
+            ],
         )
     out = [row for row in comparison.rows if row.excluded]
     if out:

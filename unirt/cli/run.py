@@ -14,6 +14,7 @@ from rich.text import Text
 from unirt.arrays import describe
 from unirt.cli.arguments import (
     Beside,
+    CalibrationFile,
     Debug,
     Json,
     ModelPath,
@@ -60,6 +61,7 @@ def run(
     ] = None,
     shape: ShapeTexts = None,
     seed: Seed = 0,
+    calibration: CalibrationFile = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.NPZ", help="Where to save the outputs.")
     ] = None,
@@ -67,7 +69,10 @@ def run(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run a model once, with random inputs unless some are given, and summarize its outputs."""
+    """Run a model once, with random inputs unless some are given, and summarize its outputs.
+
+    Without --calibration an int8 or fp8 candidate is calibrated on these very inputs.
+    """
     with reporting(as_json, debug) as report:
         opened = open_model(model, beside)
         named = Candidate.parse(candidate) if candidate else None
@@ -85,7 +90,12 @@ def run(
             building(opened.name, as_json) as progress,
             hinting_beside(opened, model, named, beside),
             load(
-                opened, named, options=options or None, samples=[feed], progress=progress
+                opened,
+                named,
+                options=options or None,
+                samples=[feed],
+                calibration=calibration,
+                progress=progress,
             ) as session,
         ):
             outputs = session.run(feed)
@@ -225,6 +235,8 @@ def _show(
         print_pairs(console, tiny)
     console.print()
     console.print(Text.assemble(("Engine: ", "bold"), f"{decision.candidate}, {_why(decision)}"))
+    for note in decision.notes:
+        console.print(Text(f"Note: {note}"))
     for attempt in decision.attempts:
         if attempt.error is not None:
             console.print(Text(f"Fell out: {attempt.candidate}: {attempt.error}", style="yellow"))

@@ -16,6 +16,7 @@ from unirt.errors import DataError, InputError, OptionError
 from unirt.model import Model, ModelSource
 from unirt.precision.histogram import BINS, PERCENTILE, Histogram, Method, check_method
 from unirt.precision.ranges import Calibration, Range
+from unirt.precision.tflite_graph import TFLiteWatcher
 from unirt.precision.watch import Watcher
 from unirt.types import TensorSpec
 
@@ -30,8 +31,9 @@ class Observations:
     """Histograms of a network's tensors over all samples, from which any method's ranges follow.
 
     They are kept by tensor name, in the order of the graph, and hold no activations. `samples`
-    counts those of an array, or calls; `model` is the content hash of the ONNX file, `tensors` are
-    the names in its main graph, `engine` is what ran it, `groups` in how many runs a call.
+    counts those of an array, or calls; `model` is the content hash of the ONNX or .tflite file,
+    `tensors` are the names in its main graph, `engine` is what ran it, `groups` in how many runs a
+    call.
     """
 
     histograms: Mapping[str, Histogram]
@@ -115,16 +117,30 @@ def observe(
     takes 64 bytes for each of `bins`, a power of two.
 
     The network runs on `engine`, a candidate without precision, or on the CPU by the first of
-    onnxruntime, openvino and reference that is here.
+    onnxruntime, openvino and reference that is here. A model that has a .tflite and no ONNX graph
+    runs on LiteRT, and its tensors are those of the .tflite.
 
     Raises DataError without data and for NaN and infinities (`tensor`, `sample` from 0), with one
     exception: -inf in a tensor that neither a convolution nor a matrix product reads, as in masks,
     costs it its range, with a note. InputError for inputs that do not fit; ModelError for a model
-    without an ONNX graph, one that is quantized, or in half precision; OptionError, NoBackend,
-    BackendUnavailable without the onnx package, BackendError. What `data` itself raises is passed
-    on.
+    that is quantized, or in half precision; OptionError, NoBackend, BackendUnavailable without the
+    onnx package, or LiteRT for a .tflite, BackendError. What `data` itself raises is passed on.
     """
     source = Model.open(model)
+    watch = TFLiteWatcher if tuple(source.formats) == ("tflite",) else Watcher
+    return observe_with(watch, source, data, tensors, bins, memory, engine)
+
+
+def observe_with(
+    watch: type[Watcher] | type[TFLiteWatcher],
+    source: Model,
+    data: CalibrationData,
+    tensors: Collection[str] | None = None,
+    bins: int = BINS,
+    memory: int = MEMORY,
+    engine: str | None = None,
+) -> Observations:
+    """`observe`, of the file that this watcher takes from a model with several."""
     if type(memory) is not int or memory < 1:
         raise OptionError(
             f"Calibration cannot do with {memory!r} bytes of memory.",
@@ -134,7 +150,7 @@ def observe(
         )
     empty = Histogram(bins)  # refuses what cannot be, before anything is run
     calls = _calls(source.inputs, data)
-    watcher = Watcher(source, tensors, engine, memory)
+    watcher = watch(source, tensors, engine, memory)
     try:
         watched = watcher.watched
         histograms = {name: Histogram(empty.bins) for name in (*watched.inputs, *watched.inner)}

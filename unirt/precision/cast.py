@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Literal
 
-from unirt.errors import BackendUnavailable, ModelError, OptionError
-from unirt.model import Model, ModelFile, ModelSource
-from unirt.precision.graph import infer_types, name_nodes
+from unirt.errors import ModelError, OptionError
+from unirt.model import Model, ModelSource
+from unirt.precision.calibrate import CalibrationData, observe
+from unirt.precision.graph import check_nodes, name_nodes
 from unirt.precision.plan import make_plan
 from unirt.precision.rewrite import Rewriter
+from unirt.precision.source import (
+    LIMIT,
+    check_size,
+    drop_weight_inputs,
+    find_onnx,
+    read_graph,
+    tensor_types,
+)
 from unirt.precision.weights import LOWS
-
-if TYPE_CHECKING:
-    import onnx
-
-LIMIT: Final = 2**31 - 1
-"""Bytes that one protobuf message may have, and so an ONNX model without external data."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,27 @@ class Cast:
 
 
 def cast(
-    model: Model | ModelSource, precision: Literal["fp16", "bf16"], *, keep_io: bool = True
+    model: Model | ModelSource,
+    precision: Literal["fp16", "bf16"],
+    *,
+    keep_io: bool = True,
+    data: CalibrationData | None = None,
+    keep: Collection[str] = (),
 ) -> Cast:
     """The model with its float32 part in `precision`, held in memory.
 
     Inputs and outputs stay float32, with Cast nodes behind and before them, unless `keep_io` is
     False. Q/DQ nodes keep float32 scales. Nodes with subgraphs, calls of the model's own functions,
-    nodes of unknown types and those whose constants do not survive stay in float32. Constants that
-    only switch something off, such as masks of -1e9, are clamped to the range.
+    nodes of unknown types and those whose constants do not survive stay in float32, and so do those
+    named in `keep`. Constants that only switch something off, such as masks of -1e9, are clamped to
+    the range.
+
+    With `data`, inputs as `unirt.precision.observe` takes them, the network is run, and nodes stay
+    whose values come within a factor of two of the end of the range or are all too small for it.
 
     Raises ModelError if there is nothing to cast or the result exceeds 2 GiB, OptionError for
-    another precision, BackendUnavailable without the onnx package.
+    another precision or an unknown node, BackendUnavailable without the onnx package; with `data`
+    what `observe` raises.
     """
     if precision not in LOWS:
         raise OptionError(
@@ -56,17 +69,12 @@ def cast(
             f"Choose from {', '.join(LOWS)}.",
         )
     source = Model.open(model)
-    file = source.file(["onnx"])
-    if file is None:
-        raise ModelError(
-            f"{source.name} cannot be cast to {precision}.",
-            f"Casting works on ONNX graphs, and it has {', '.join(source.formats)}.",
-            "Export the network to ONNX too, and open both as one Model.",
-        )
     low = LOWS[precision]
-    proto = _read(file)
+    proto = read_graph(find_onnx(source, f"cast to {precision}"), "cast")
     name_nodes(proto.graph)
-    plan = make_plan(proto, _types(proto, source.name), low, keep_io)
+    check_nodes("keep", keep, proto.graph.node)
+    ranges = {} if data is None else observe(source, data).calibration("max").ranges
+    plan = make_plan(proto, tensor_types(proto, source.name), low, keep_io, ranges, keep)
     kept = {
         node.name: verdict.reason
         for node, verdict in zip(proto.graph.node, plan.verdicts, strict=True)
@@ -82,61 +90,8 @@ def cast(
             "Use the model as it is.",
             kept=kept,
         )
-    _drop_weight_inputs(proto)
+    drop_weight_inputs(proto)
     Rewriter(proto, plan, low).run()
-    _check_size(proto, source.name)
+    check_size(proto, source.name, "the cast", LIMIT)
     result = Model(proto.SerializeToString(), name=source.name)
     return Cast(result, precision, MappingProxyType(kept), tuple(plan.notes))
-
-
-def _read(file: ModelFile) -> onnx.ModelProto:
-    """The model with all its weights in memory."""
-    try:
-        import onnx
-    except ModuleNotFoundError as error:
-        if error.name != "onnx":
-            raise
-        raise BackendUnavailable(
-            "The precision of this model cannot be changed here.",
-            "The onnx package is not installed.",
-            "pip install 'unirt[precision]'",
-        ) from error
-    if not file.external:
-        return onnx.load_from_string(file.read())
-    file.verify()
-    return onnx.load(str(file.path))
-
-
-def _types(proto: onnx.ModelProto, name: str) -> dict[str, int]:
-    from onnx.shape_inference import InferenceError
-
-    try:
-        return infer_types(proto)
-    except InferenceError as error:
-        raise ModelError(
-            f"The types in {name} cannot be told.",
-            f"onnx says: {error}.",
-            "Check the model with onnx.checker.check_model(model, full_check=True).",
-        ) from error
-
-
-def _drop_weight_inputs(proto: onnx.ModelProto) -> None:
-    """Before IR version 4 each weight was listed as an input too; now that means something else."""
-    if proto.ir_version >= 4:
-        return
-    proto.ir_version = 4
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    inputs = [value for value in proto.graph.input if value.name not in weights]
-    del proto.graph.input[:]
-    proto.graph.input.extend(inputs)
-
-
-def _check_size(proto: onnx.ModelProto, name: str) -> None:
-    total = sum(tensor.ByteSize() for tensor in proto.graph.initializer)
-    if total > LIMIT:
-        raise ModelError(
-            f"{name} is too large after the cast.",
-            f"Its weights have {total:,} bytes, and a model in memory may have {LIMIT:,}.",
-            "Split the network into several models, and cast each.",
-            bytes=total,
-        )

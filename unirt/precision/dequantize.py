@@ -9,8 +9,14 @@ import numpy as np
 
 from unirt.errors import ModelError
 from unirt.model import Model, ModelSource
-from unirt.precision.cast import _check_size, _drop_weight_inputs, _read
-from unirt.precision.graph import captured, infer_types, name_nodes, rename_captured
+from unirt.precision.graph import captured, name_nodes, rename_captured
+from unirt.precision.source import (
+    check_size,
+    drop_weight_inputs,
+    find_onnx,
+    read_graph,
+    tensor_types,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -61,17 +67,10 @@ def dequantize(model: Model | ModelSource) -> Dequantized:
     without the onnx package.
     """
     source = Model.open(model)
-    file = source.file(["onnx"])
-    if file is None:
-        raise ModelError(
-            f"{source.name} cannot be brought back to floats.",
-            f"That works on ONNX graphs, and it has {', '.join(source.formats)}.",
-            "Give the float network itself.",
-        )
-    proto = _read(file)
+    proto = read_graph(find_onnx(source, "brought back to floats"), "brought back to floats")
     name_nodes(proto.graph)
-    _drop_weight_inputs(proto)
-    stripper = _Stripper(proto)
+    drop_weight_inputs(proto)
+    stripper = _Stripper(proto, tensor_types(proto, source.name))
     removed = stripper.run()
     if not removed:
         integer = sorted({node.op_type for node in proto.graph.node if _is_integer(node)})
@@ -82,7 +81,7 @@ def dequantize(model: Model | ModelSource) -> Dequantized:
             else "Nothing of it is quantized by QuantizeLinear and DequantizeLinear.",
             "Give the float network itself.",
         )
-    _check_size(proto, source.name)
+    check_size(proto, source.name, "the removal of its Q/DQ")
     kept = tuple(node.name for node in proto.graph.node if node.op_type in (QUANTIZE, DEQUANTIZE))
     restored = tuple(node.name for node in stripper.restored)
     return Dequantized(Model(proto.SerializeToString(), name=source.name), removed, kept, restored)
@@ -95,7 +94,7 @@ def _is_integer(node: onnx.NodeProto) -> bool:
 class _Stripper:
     """Works on a model's main graph in place."""
 
-    def __init__(self, proto: onnx.ModelProto) -> None:
+    def __init__(self, proto: onnx.ModelProto, types: dict[str, int]) -> None:
         self.proto, self.graph = proto, proto.graph
         self.makers = {name: node for node in self.graph.node for name in node.output if name}
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
@@ -103,7 +102,7 @@ class _Stripper:
             value = next((one for one in node.attribute if one.name == "value"), None)
             if node.op_type == "Constant" and value is not None:
                 self.constants[node.output[0]] = value.t
-        self.types = infer_types(proto)
+        self.types = types
         self.inputs = {value.name for value in self.graph.input}
         self.outputs = {value.name for value in self.graph.output}
         self.restored: list[onnx.NodeProto] = []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
+
+from unirt.errors import OptionError
 
 if TYPE_CHECKING:
     import onnx
@@ -89,6 +92,27 @@ def name_nodes(graph: onnx.GraphProto) -> Names:
         if not node.name:
             node.name = names.fresh(f"{node.op_type}_{position}")
     return names
+
+
+def check_nodes(option: str, given: Collection[str], nodes: Iterable[onnx.NodeProto]) -> None:
+    """Raises OptionError unless there are nodes of these names."""
+    if isinstance(given, str):
+        raise OptionError(
+            f"{option}={given!r} is no collection of names.",
+            "It names several nodes.",
+            f"Write {option}=[{given!r}].",
+        )
+    names = [node.name for node in nodes]
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        raise OptionError(
+            f"{option} names {unknown[0]!r}, and the graph has no such node.",
+            f"Its main graph has {len(names):,} nodes.",
+            f"Did you mean {near[0]!r}?" if near else "Look at the names of its nodes.",
+            option=option,
+            unknown=unknown,
+        )
 
 
 def infer_types(model: onnx.ModelProto) -> dict[str, int]:

@@ -6,13 +6,14 @@ float32, so does what loses its meaning in a narrower float, and what lies betwe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from unirt.precision.graph import FLOAT, NOT_A_TENSOR, subgraphs
 from unirt.precision.lift import lift
+from unirt.precision.ranges import Range
 from unirt.precision.verdict import MOVING, OUTPUT_TYPE, Verdict
 from unirt.precision.weights import Fit, Low, constant_tensor
 
@@ -26,6 +27,12 @@ _STAYING: Final[Mapping[str, str]] = {
     "Range": "it counts",
     "MeanVarianceNormalization": "ONNX defines it by float32 constants",
 }
+HEADROOM: Final = 2
+"""Times what was seen that has to be in range: data to come may go further."""
+BY_HAND: Final = "it was told to stay"
+
+# What a mask goes through, from the constant to the Softmax that it switches something off in.
+_PASSING: Final = MOVING | {"Add", "Sub", "Where", "Min", "Max", "Concat"}
 _STAYING_INPUTS: Final = frozenset({("Resize", 1)})  # the region of interest: coordinates
 
 
@@ -41,7 +48,15 @@ class Plan:
     """Inputs and outputs that stay float32."""
 
 
-def make_plan(model: onnx.ModelProto, types: Mapping[str, int], low: Low, keep_io: bool) -> Plan:
+def make_plan(
+    model: onnx.ModelProto,
+    types: Mapping[str, int],
+    low: Low,
+    keep_io: bool,
+    ranges: Mapping[str, Range],
+    keep: Collection[str],
+) -> Plan:
+    """`ranges` are those of values that were seen, of none if nothing was run."""
     graph = model.graph
     weights = {t.name: t for t in graph.initializer if t.data_type == FLOAT}
     for node in graph.node:
@@ -50,7 +65,13 @@ def make_plan(model: onnx.ModelProto, types: Mapping[str, int], low: Low, keep_i
     values = (*graph.input, *graph.output) if keep_io else ()
     border = {value.name for value in values if types.get(value.name) == FLOAT}
     planner = _Planner(model, types, weights, low)
-    verdicts = [planner.verdict(node) for node in graph.node]
+    verdicts = []
+    for node in graph.node:
+        verdict = planner.verdict(node)
+        narrow = verdict.inputs | verdict.outputs
+        if narrow and (reason := BY_HAND if node.name in keep else planner.beyond(node, ranges)):
+            verdict.stay(reason)
+        verdicts.append(verdict)
     lift(graph, types, set(weights), verdicts, border, low)
     return Plan(types, weights, verdicts, planner.notes(verdicts), border)
 
@@ -75,6 +96,7 @@ class _Planner:
         self._origin = {name: name for name in weights}  # also through nodes that only move values
         self._fits: dict[str, Fit] = {}
         self._clamped: dict[str, Fit] = {}
+        self._switched: set[str] = set()  # tensors that clamped constants lead out of the range
         self._ahead: set[str] = set()  # operators that take the type only in a later opset
 
     def verdict(self, node: onnx.NodeProto) -> Verdict:
@@ -176,6 +198,21 @@ class _Planner:
                 self._origin.update((name, origin) for name in node.output)
             elif loss := self._weight_loss(origin, node.op_type):
                 return loss
+        return ""
+
+    def beyond(self, node: onnx.NodeProto, ranges: Mapping[str, Range]) -> str:
+        """Why values that were seen keep the node in float32; empty if they do not."""
+        floats = [name for name in (*node.input, *node.output) if self._types.get(name) == FLOAT]
+        if any(self._origin.get(name) in self._clamped for name in node.input) or (
+            node.op_type in _PASSING and not self._switched.isdisjoint(node.input)
+        ):
+            self._switched.update(node.output)
+        for name in floats:
+            size = ranges[name].size if name in ranges and name not in self._switched else 0.0
+            if size * HEADROOM > self._low.limit:
+                return f"{name!r} reaches {size:.6g}, and {self._low.name} {self._low.limit:.6g}"
+            if 0 < size < self._low.normal:
+                return f"{name!r} is at most {size:.6g}, where {self._low.name} has few digits left"
         return ""
 
     def _weight_loss(self, name: str, op: str) -> str:

@@ -120,8 +120,9 @@ class _Writer:
 
         parameters = self._parameters.get(node.input[0])
         factors = {a.name: a.f for a in node.attribute if a.name in ("alpha", "beta")}
-        bias = self._graph.array(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        if bias is None or parameters is None or bias.shape != scale.shape:
+        place = self._bias(node, scale.size)
+        bias = None if place is None else self._graph.array(place[0].input[place[1]])
+        if place is None or bias is None or parameters is None or bias.shape != scale.shape:
             return
         if any(factor != 1 for factor in factors.values()) or not np.isfinite(bias).all():
             return
@@ -129,7 +130,8 @@ class _Writer:
         if not (unit > 0).all():
             return
         whole = np.rint(bias.astype(np.float64) / unit)
-        name = node.input[2]
+        reader, position = place
+        name = reader.input[position]
         inputs = [
             self._graph.add_tensor(_tensor(f"{name}__int32", whole, _INT32)),
             self._graph.add(f"{name}__scale", unit),
@@ -138,7 +140,24 @@ class _Writer:
         label = self._graph.node_names.fresh(f"{name}__dequantize")
         dequantize = helper.make_node("DequantizeLinear", inputs, [made], label, axis=0)
         self._before.setdefault(node.name, []).append(dequantize)
-        node.input[2] = made
+        reader.input[position] = made
+
+    def _bias(self, node: onnx.NodeProto, channels: int) -> tuple[onnx.NodeProto, int] | None:
+        """Who reads the bias of a product, and at which position.
+
+        That of a MatMul is added behind it. ONNX Runtime makes one Gemm of the two whatever their
+        shape, and leaves it in float32 where the bias is not int32.
+        """
+        if node.op_type != "MatMul":
+            return (node, 2) if len(node.input) > 2 and node.input[2] else None
+        behind = self._graph.only_reader(node.output[0])
+        if behind is None or behind.op_type != "Add" or behind.domain:
+            return None
+        position = 1 if behind.input[0] == node.output[0] else 0
+        bias = self._graph.array(behind.input[position])
+        if bias is None or bias.dtype != np.float32 or bias.shape != (channels,):
+            return None
+        return None if node.output[0] in self._parameters else (behind, position)
 
     def _channel_scales(self, weight: Weight, array: Array) -> tuple[Array, int]:
         others = tuple(at for at in range(array.ndim) if at != weight.axis)
@@ -157,9 +176,10 @@ class _Writer:
         """Scales below these would make the biases overflow int32, where they become that."""
         node = weight.node
         floor = np.zeros(channels)
-        if not self._recipe.integer_bias or len(node.input) < 3 or not node.input[2]:
+        place = self._bias(node, channels)
+        if not self._recipe.integer_bias or place is None:
             return floor
-        bias = self._graph.array(node.input[2])
+        bias = self._graph.array(place[0].input[place[1]])
         parameters = self._parameters.get(node.input[0])
         if bias is None or parameters is None or not np.isfinite(bias).all():
             return floor
@@ -319,8 +339,17 @@ def _balanced(wanted: Array, whole: Array, limit: float) -> Array:
     # that zeros of a sparse weight remain.
     cost = np.abs(error + step)
     cost[(np.abs(whole + step) > limit) | (cost >= 1)] = np.inf
-    rank = np.argsort(np.argsort(cost, axis=1), axis=1)
-    moved = (rank < np.abs(total)) & np.isfinite(cost)
+    count = np.abs(total).astype(np.int64)
+    most = min(int(count.max(initial=0)), cost.shape[1])
+    moved = np.zeros(cost.shape, bool)
+    if most:
+        # The cheapest of each row in order; to sort whole rows would take several times as long.
+        first = np.argpartition(cost, most - 1, axis=1)[:, :most]
+        near = np.take_along_axis(cost, first, axis=1)
+        order = np.argsort(near, axis=1, kind="stable")
+        first, near = (np.take_along_axis(array, order, axis=1) for array in (first, near))
+        chosen = (np.arange(most) < count) & np.isfinite(near)
+        np.put_along_axis(moved, first, chosen, axis=1)
     return np.asarray(whole + step * moved)
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from unirt.errors import DataError, ModelError, OptionError
 from unirt.model import Model, ModelSource
-from unirt.precision.cast import _check_size, _read
-from unirt.precision.graph import all_nodes
+from unirt.precision.graph import all_nodes, check_nodes
 from unirt.precision.placement import (
     BY_HAND,
     Choice,
@@ -24,6 +23,7 @@ from unirt.precision.prepare import Graph, fold, join_biases, raise_opset
 from unirt.precision.qdq import FP8, INT4, INT8, UINT8, write
 from unirt.precision.ranges import Calibration, Range
 from unirt.precision.recipes import TENSORRT, Recipe, find_recipe
+from unirt.precision.source import check_size, find_onnx, read_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -85,18 +85,12 @@ def quantize(
     is not float32, holds damaged weights, has nothing to quantize, cannot be raised to the opset
     needed or exceeds 2 GiB; BackendUnavailable without the onnx package.
     """
-    recipe = find_recipe(recipe)
+    recipe = find_recipe(recipe).of(precision)
     block = _checked(precision, recipe, block)
     source = Model.open(model)
-    file = source.file(["onnx"])
-    if file is None:
-        raise ModelError(
-            f"{source.name} cannot be quantized to {precision}.",
-            f"Quantization works on ONNX graphs, and it has {', '.join(source.formats)}.",
-            "Export the network to ONNX too, and open both as one Model.",
-        )
+    file = find_onnx(source, f"quantized to {precision}")
     weights_only = precision.endswith("-weights")
-    proto = _read(file)
+    proto = read_graph(file, "quantized")
     _check_graph(proto, source.name)
     _drop_weight_inputs(proto)
     ranges, notes = ({}, []) if weights_only else _ranges(calibration, source, precision)
@@ -129,7 +123,7 @@ def quantize(
     )
     graph.finish()
     _tell(proto, precision, recipe)
-    _check_size(proto, source.name)
+    check_size(proto, source.name, "quantization")
     result = Model(proto.SerializeToString(), name=source.name)
     return Quantized(
         result,
@@ -215,25 +209,8 @@ def _drop_weight_inputs(proto: onnx.ModelProto) -> None:
 
 
 def _choice(graph: Graph, keep: Collection[str], only: Collection[str] | None) -> Choice:
-    """Checks that there are such nodes."""
-    names = [node.name for node in graph.nodes]
-    for given, names_given in (("keep", keep), ("only", only or ())):
-        if isinstance(names_given, str):
-            raise OptionError(
-                f"{given}={names_given!r} is no collection of names.",
-                "It names several nodes.",
-                f"Write {given}=[{names_given!r}].",
-            )
-        unknown = sorted(set(names_given) - set(names))
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], names, n=1)
-            raise OptionError(
-                f"{given} names {unknown[0]!r}, and the graph has no such node.",
-                f"Its main graph has {len(names):,} nodes.",
-                f"Did you mean {near[0]!r}?" if near else "Look at the names of its nodes.",
-                option=given,
-                unknown=unknown,
-            )
+    check_nodes("keep", keep, graph.nodes)
+    check_nodes("only", only or (), graph.nodes)
     return Choice(frozenset(keep), None if only is None else frozenset(only))
 
 

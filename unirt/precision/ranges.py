@@ -136,7 +136,7 @@ class Calibration:
         from unirt.precision.watch import graph_names
 
         source = Model.open(model)
-        file = source.file(["onnx"])
+        file = source.file(["onnx", "tflite"])
         if file is not None and file.hash == self.model:
             return ()
         _, names = graph_names(source)

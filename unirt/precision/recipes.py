@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -26,6 +26,7 @@ class Recipe:
     what pools, moves or joins them, since kernels take and give integers. `integer_bias`: the
     target turns biases into int32 of scale activation times weight, which must not overflow.
     `matrix_vector`: also products with a single row or column, which read more than they compute.
+    `int8_operators`: where fewer operators than these have both operands in int8.
     """
 
     name: str
@@ -38,6 +39,13 @@ class Recipe:
     outputs: bool = False
     integer_bias: bool = False
     matrix_vector: bool = False
+    int8_operators: tuple[str, ...] | None = None
+
+    def of(self, precision: str) -> Recipe:
+        """The recipe as it is for one precision."""
+        if precision != "int8" or self.int8_operators is None:
+            return self
+        return replace(self, operators=self.int8_operators)
 
 
 _WEIGHTS_ONLY: Final = ("int8-weights", "int4-weights")
@@ -49,6 +57,12 @@ TENSORRT: Final = Recipe(
     ("int8", "fp8", *_WEIGHTS_ONLY),
     ("Conv", "ConvTranspose", "Gemm", "MatMul"),
     residual="skip",
+)
+TENSORRT_RTX: Final = replace(
+    TENSORRT,
+    name="tensorrt-rtx",
+    why=f"{TENSORRT.why} TensorRT for RTX has no int8 convolution before 1.7.",
+    int8_operators=("Gemm", "MatMul"),
 )
 CPU: Final = Recipe(
     "cpu",
@@ -75,22 +89,31 @@ CPU_VNNI: Final = Recipe(
     matrix_vector=True,
 )
 
+LITERT: Final = Recipe(
+    "litert",
+    "A .tflite is quantized as such, by ai-edge-quantizer: `quantize_tflite`.",
+    ("int8", "int8-weights"),
+    (),
+    asymmetric=True,
+)
+
 RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
-    {recipe.name: recipe for recipe in (TENSORRT, CPU, CPU_VNNI)}
+    {recipe.name: recipe for recipe in (TENSORRT, TENSORRT_RTX, CPU, CPU_VNNI)}
 )
 
 _EXACT_SUMS: Final = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm"})
 
 
 def recipe_for(backend: str, features: Iterable[str] = ()) -> Recipe:
-    """The recipe for a backend on a CPU with these instruction sets, as `Device.facts` names them.
+    """The recipe of the backend's own name, or one for a CPU with these instruction sets, as
+    `Device.facts` names them. What a backend states itself, in `Backend.quantization`, comes first.
 
-    Every backend but TensorRT is taken for one that computes on the CPU; without any known feature
-    the careful recipe is chosen, since it is right everywhere. TFLite files are quantized by their
-    own tools, not from ONNX.
+    Every backend that no recipe is named after is taken for one that computes on the CPU; without
+    any known feature the careful recipe is chosen, since it is right everywhere. What reads .tflite
+    files is not asked: for those there is LITERT.
     """
-    if backend == "tensorrt":
-        return TENSORRT
+    if backend in RECIPES:
+        return RECIPES[backend]
     return CPU if _EXACT_SUMS.isdisjoint(features) else CPU_VNNI
 
 

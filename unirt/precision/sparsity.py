@@ -21,8 +21,8 @@ import numpy as np
 
 from unirt.errors import ModelError, OptionError
 from unirt.model import Model, ModelSource
-from unirt.precision.cast import _read as read
 from unirt.precision.graph import all_nodes, captured, name_nodes, subgraphs
+from unirt.precision.source import find_onnx, read_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -160,7 +160,7 @@ def sparsify(
     there is nothing to prune, BackendUnavailable without the onnx package.
     """
     source = Model.open(model)
-    graph = _Graph(_read(source, "made sparse"))
+    graph = _Graph(read_graph(find_onnx(source, "made sparse"), "made sparse"))
     _check_names(graph, "keep", keep)
     _check_names(graph, "nodes", nodes or ())
     kept: dict[str, str] = {}
@@ -214,7 +214,7 @@ def check_sparsity(model: Model | ModelSource) -> SparsityTable:
     Raises ModelError for a model without an ONNX graph, BackendUnavailable without onnx.
     """
     source = Model.open(model)
-    graph = _Graph(_read(source, "checked for sparsity"))
+    graph = _Graph(read_graph(find_onnx(source, "checked for sparsity"), "checked for sparsity"))
     refused: dict[str, str] = {}
     _agreeing([layer for layer in graph.layers if not layer.obstacle], refused)
     rows = []
@@ -607,15 +607,3 @@ def _check_names(graph: _Graph, option: str, given: Collection[str]) -> None:
                 f"Did you mean {near[0]!r}?" if near else "Call check_sparsity() to see them.",
                 node=name,
             )
-
-
-def _read(source: Model, what: str) -> onnx.ModelProto:
-    """The model's ONNX graph with all its weights in memory."""
-    file = source.file(["onnx"])
-    if file is None:
-        raise ModelError(
-            f"{source.name} cannot be {what}.",
-            f"2:4 sparsity is about ONNX graphs, and it has {', '.join(source.formats)}.",
-            "Export the network to ONNX too, and open both as one Model.",
-        )
-    return read(file)

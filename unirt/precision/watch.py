@@ -18,8 +18,10 @@ from unirt.backend import Backend
 from unirt.data import Feed
 from unirt.errors import BackendUnavailable, ModelError, NoBackend, OptionError, sentence
 from unirt.model import Model, ModelFile
-from unirt.precision.graph import FLOAT, all_nodes, captured, infer_types, tensor_names
+from unirt.precision.graph import FLOAT, all_nodes, captured, tensor_names
 from unirt.precision.ranges import check_names
+from unirt.precision.source import find_onnx, read_graph, tensor_types
+from unirt.precision.tflite_graph import read_graphs
 from unirt.session import Session
 from unirt.types import Candidate
 
@@ -39,12 +41,17 @@ _INT64: Final = 7  # onnx.TensorProto.INT64
 
 
 def graph_names(model: Model) -> tuple[str, frozenset[str]]:
-    """The content hash of the model's ONNX file, and the names of all tensors of its main graph.
+    """The content hash of the model's ONNX file, or of its .tflite where it has none, and the names
+    of all tensors of its main graph.
 
     Raises ModelError, BackendUnavailable.
     """
+    if tuple(model.formats) == ("tflite",):
+        file = model.formats["tflite"]
+        (graph, *_) = read_graphs(file.read(), model.name)
+        return file.hash, frozenset(tensor.name for tensor in graph.tensors if tensor.name)
     file = onnx_file(model)
-    return file.hash, _names(_read(file, weights=False).graph)
+    return file.hash, _names(read_graph(file, "calibrated", weights=False).graph)
 
 
 def _names(graph: onnx.GraphProto) -> frozenset[str]:
@@ -54,31 +61,7 @@ def _names(graph: onnx.GraphProto) -> frozenset[str]:
 
 
 def onnx_file(model: Model) -> ModelFile:
-    file = model.file(["onnx"])
-    if file is None:
-        raise ModelError(
-            f"{model.name} cannot be calibrated.",
-            f"Calibration works on ONNX graphs, and it has {', '.join(model.formats)}.",
-            "Export the network to ONNX too, and open both as one Model.",
-        )
-    return file
-
-
-def _read(file: ModelFile, *, weights: bool = True) -> onnx.ModelProto:
-    try:
-        import onnx
-    except ModuleNotFoundError as error:
-        if error.name != "onnx":
-            raise
-        raise BackendUnavailable(
-            "This model cannot be calibrated here.",
-            "The onnx package is not installed.",
-            "pip install 'unirt[precision]'",
-        ) from error
-    if not (file.external and weights):
-        return onnx.load_from_string(file.read())
-    file.verify()
-    return onnx.load(str(file.path))
+    return find_onnx(model, "calibrated")
 
 
 @dataclass(frozen=True)
@@ -103,7 +86,7 @@ class Watched:
         """
         graph = proto.graph
         _refuse_quantized(proto, name)
-        types = _types(proto, name)
+        types = tensor_types(proto, name)
         _refuse_halves(graph, types, name)
         constant = _constants(graph)
         inputs = [value.name for value in graph.input if value.name not in constant]
@@ -154,19 +137,6 @@ class Watched:
 def _listed(names: Collection[str]) -> str:
     first = ", ".join(repr(name) for _, name in zip(range(3), names, strict=False))
     return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
-
-
-def _types(proto: onnx.ModelProto, name: str) -> dict[str, int]:
-    from onnx.shape_inference import InferenceError
-
-    try:
-        return infer_types(proto)
-    except InferenceError as error:
-        raise ModelError(
-            f"The types in {name} cannot be told.",
-            f"onnx says: {error}.",
-            "Check the model with onnx.checker.check_model(model, full_check=True).",
-        ) from error
 
 
 def _refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
@@ -272,7 +242,7 @@ class Watcher:
         self._name, self._memory = model.name, memory
         file = onnx_file(model)
         self._inputs = model.input_names(file)
-        self._proto = _read(file)
+        self._proto = read_graph(file, "calibrated")
         self.hash, self.tensors = file.hash, _names(self._proto.graph)
         self.watched = Watched.of(self._proto, model.name, wanted)
         self._backend, self._device = choose_engine(engine)

@@ -49,6 +49,11 @@ class Low:
         top = np.array(0x7BFF if self.name == "fp16" else 0x7F7F, np.uint16)
         return float(top.view(self.numpy).astype(np.float32))
 
+    @property
+    def normal(self) -> float:
+        """The smallest magnitude that has all its digits."""
+        return 2.0**-14 if self.name == "fp16" else 2.0**-126
+
 
 LOWS: Final[Mapping[str, Low]] = {
     low.name: low for low in (Low("fp16", "float16", 10, 2048), Low("bf16", "bfloat16", 16, 256))
