@@ -472,6 +472,37 @@ def test_an_output_that_is_quantized_keeps_its_name_and_its_readers() -> None:
         assert snr_db(run(result, feed, exactly=True), run(model, feed)) > 35
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_rtx_fuses_what_follows_into_products_whose_weights_have_one_scale(precision: Any) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX builds these networks")
+    text, weight, shape = {
+        "int8": ("[one] a = MatMul (x, w)", values(256, 256), (64, 256)),
+        "fp8": (
+            "[one] a = Conv <pads = [1, 1, 1, 1]> (x, w)",
+            values(32, 32, 3, 3),
+            (2, 32, 8, 8),
+        ),
+    }[precision]
+    sizes = ",".join(map(str, shape))
+    again = text.replace("one", "two").replace("a =", "y =").replace("(x, w)", "(b, w)")
+    model = graph(
+        f"net (float[{sizes}] x) => (float[{sizes}] y) {{ {text} [active] b = Relu (a) {again} }}",
+        {"w": weight},
+    )
+    feed = {"x": values(*shape)}
+    found = calibrate(model, [feed], method="max")
+    fused = {}
+    for recipe in ("tensorrt", "tensorrt-rtx"):
+        result = quantize(model, found, precision, recipe)
+        least = 30 if precision == "int8" else 20
+        assert snr_db(run(result, feed, exactly=True), run(model, feed)) > least
+        with unirt.build(result.model, "tensorrt@aot") as engine:
+            products = [one for one in engine.inspect().layers if one.contracts]
+        fused[recipe] = any({"one", "active"} <= {*product.nodes} for product in products)
+    assert not fused["tensorrt"]
+    assert fused["tensorrt-rtx"]
+
+
 def test_a_target_without_int8_convolutions_gets_none_and_keeps_those_in_fp8() -> None:
     model = mobilenet()
     found = calibrate(model, [pictures(2, 0)], method="max")

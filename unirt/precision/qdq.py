@@ -103,6 +103,8 @@ class _Writer:
             scale, count = self._channel_scales(weight, array)
         else:
             scale, count = self._block_scales(weight, array)
+        if self._has_one_scale(weight, scale.size):
+            scale = np.asarray(scale.max())
         if count:
             dead.append(f"{count} of {weight.name!r}")
         key = weight.name, weight.axis, weight.blocked, scale.tobytes()
@@ -111,6 +113,15 @@ class _Writer:
         weight.node.input[weight.position] = self._written[key]
         if self._recipe.integer_bias and weight.blocked is None:
             self._write_bias(weight.node, scale)
+
+    def _has_one_scale(self, weight: Weight, channels: int) -> bool:
+        if (
+            not self._recipe.one_scale
+            or self._activation_kind is None
+            or weight.blocked is not None
+        ):
+            return False
+        return self._weight_kind is FP8 or self._bias(weight.node, channels) is None
 
     def _write_bias(self, node: onnx.NodeProto, scale: Array) -> None:
         """The bias as int32 in multiples of activation scale times weight scale, where it is one
@@ -204,17 +215,17 @@ class _Writer:
 
         kind = self._weight_kind
         axis = weight.axis if weight.blocked is None else weight.blocked
-        spread = (
-            scale.reshape([-1 if at == axis else 1 for at in range(array.ndim)])
-            if weight.blocked is None
-            else np.repeat(scale, self._block or 1, axis)
-        )
+        spread = scale
+        if weight.blocked is not None:
+            spread = np.repeat(scale, self._block or 1, axis)
+        elif scale.ndim:
+            spread = scale.reshape([-1 if at == axis else 1 for at in range(array.ndim)])
         values = np.clip(array / spread, -kind.limit, kind.limit)
         if kind.number != _FP8:
             values = rounded(values, weight.axis, kind.limit)
         small = self._graph.add_tensor(_tensor(f"{weight.name}__{kind.name}", values, kind.number))
         inputs = [small, self._graph.add(f"{weight.name}__scale", scale)]
-        attributes: dict[str, Any] = {"axis": axis}
+        attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
         if weight.blocked is None:
             zeros = np.zeros(scale.shape, np.float32)
             zero = _tensor(f"{weight.name}__zero_point", zeros, kind.number)

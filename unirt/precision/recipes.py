@@ -26,7 +26,9 @@ class Recipe:
     what pools, moves or joins them, since kernels take and give integers. `integer_bias`: the
     target turns biases into int32 of scale activation times weight, which must not overflow.
     `matrix_vector`: also products with a single row or column, which read more than they compute.
-    `int8_operators`: where fewer operators than these have both operands in int8.
+    `int8_operators`: where fewer operators than these have both operands in int8. `one_scale`: what
+    comes behind a product is fused into it only where its weight has a single scale, so fp8 weights
+    have one, which costs these little, and int8 weights where no bias stands in the way.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Recipe:
     integer_bias: bool = False
     matrix_vector: bool = False
     int8_operators: tuple[str, ...] | None = None
+    one_scale: bool = False
 
     def of(self, precision: str) -> Recipe:
         """The recipe as it is for one precision."""
@@ -61,8 +64,10 @@ TENSORRT: Final = Recipe(
 TENSORRT_RTX: Final = replace(
     TENSORRT,
     name="tensorrt-rtx",
-    why=f"{TENSORRT.why} TensorRT for RTX has no int8 convolution before 1.7.",
+    why=f"{TENSORRT.why} TensorRT for RTX 1.6 has no int8 convolution, and a product whose weights "
+    "have a scale for each channel gives float32, to be rounded by another kernel.",
     int8_operators=("Gemm", "MatMul"),
+    one_scale=True,
 )
 CPU: Final = Recipe(
     "cpu",

@@ -1,0 +1,90 @@
+"""What docs/precision.md shows is what was measured, and what it says runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unirt.precision.histogram import METHODS
+from unirt.precision.recipes import LITERT, RECIPES
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "precision.md").read_text()
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("precision-*.json"))
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    """benchmarks/precision.py as a module, which needs onnx."""
+    pytest.importorskip("onnx")
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        path = ROOT / "benchmarks" / "precision.py"
+        spec = importlib.util.spec_from_file_location("precision_benchmark", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look there
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(folder)
+        sys.modules.pop("precision_benchmark", None)
+
+
+def test_there_are_results_of_a_cpu() -> None:
+    assert "precision-epyc-2core.json" in [path.name for path in RESULTS]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_figures_are_those_of_the_results(path: Path, benchmark: Any) -> None:
+    results = json.loads(path.read_text())
+    assert benchmark.page(results) in PAGE
+    assert benchmark.written(PAGE, path.name, results) == PAGE
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_checks_are_what_the_cells_say(path: Path, benchmark: Any) -> None:
+    results = json.loads(path.read_text())
+    assert benchmark.plain(benchmark.checks(results["cells"])) == results["checks"]
+    for cell in results["cells"]:
+        assert cell["state"] in ("measured", "built", "failed", "skipped")
+        assert bool(cell.get("error")) == (cell["state"] in ("failed", "skipped"))
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(.*?)```", PAGE, re.S)
+    assert code
+    text = code[1].replace('"digits-ranges.json"', repr(str(tmp_path / "ranges.json")))
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ranges.json").is_file()
+
+
+def test_every_method_and_recipe_is_told() -> None:
+    for method in METHODS:
+        assert f"| `{method}` |" in PAGE
+    for name in (*RECIPES, LITERT.name):
+        assert f"| `{name}` |" in PAGE
+
+
+def test_the_commands_have_these_options() -> None:
+    for line in re.findall(r"^    unirt (.*)$", PAGE, re.M):
+        verb, *words = line.split()
+        done = subprocess.run(
+            [sys.executable, "-m", "unirt.cli", verb, "--help"],
+            capture_output=True,
+            text=True,
+            env={"COLUMNS": "200", "PATH": ""},
+        )
+        assert done.returncode == 0, done.stderr
+        for word in words:
+            assert not word.startswith("-") or word in done.stdout, f"{verb} {word}"
