@@ -32,7 +32,7 @@ from onnxruntime import quantization
 
 from unirt.accuracy import snr_db
 from unirt.precision import Calibration, observe
-from unirt.precision.histogram import METHODS, PERCENTILE
+from unirt.precision.calibration.histogram import METHODS, PERCENTILE
 
 ROOT = Path(__file__).parent.parent
 BINS, LEVELS = 2048, 128

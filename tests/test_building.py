@@ -389,7 +389,7 @@ def found() -> precision.Calibration:
 def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A number for each time that anybody calibrates."""
     counted: list[int] = []
-    calibrate: Any = importlib.import_module("unirt.precision.calibrate")
+    calibrate: Any = importlib.import_module("unirt.precision.calibration.calibrate")
     real = calibrate.observe_with
 
     def count(*given: Any) -> Any:

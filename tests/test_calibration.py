@@ -21,7 +21,7 @@ from onnx import helper, numpy_helper, parser
 import unirt
 from unirt.errors import BackendUnavailable, DataError, InputError, ModelError, OptionError
 from unirt.precision import Calibration, Observations, Range, calibrate, observe
-from unirt.precision.histogram import METHODS, Divergences, Histogram, entropy_half
+from unirt.precision.calibration.histogram import METHODS, Divergences, Histogram, entropy_half
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "digits.onnx"
 TEST = DIGITS.with_name("test.npz")
@@ -453,7 +453,7 @@ def test_weights_beside_the_model_are_found(tmp_path: Path, images: Any) -> None
 def test_weights_too_large_for_one_message_go_to_files(
     monkeypatch: pytest.MonkeyPatch, images: Any
 ) -> None:
-    monkeypatch.setattr("unirt.precision.watch._LIMIT", 1000)
+    monkeypatch.setattr("unirt.precision.calibration.watch._LIMIT", 1000)
     found = observe(DIGITS, images[:8], memory=20_000)
     assert found.groups > 1
     monkeypatch.undo()

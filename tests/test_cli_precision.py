@@ -94,7 +94,7 @@ def test_a_recipe_is_named_or_follows_from_the_engine(out: Path) -> None:
     assert made["onnxruntime@cpu"] == made["auto"]
     assert made["auto"] in ("cpu", "cpu-vnni")
     told = document("quantize", MODEL, "--data", TEST, "-o", out, "--for", "tensorrt")
-    assert told["recipe"] == "tensorrt"
+    assert told["recipe"].startswith("tensorrt")  # -rtx where that is what is installed
 
 
 def test_a_calibration_is_saved_and_used_again(out: Path, tmp_path: Path) -> None:
@@ -394,7 +394,8 @@ def test_errors_are_three_lines_or_json_and_write_nothing(
 @pytest.mark.parametrize("name", ["made.tflite", "made", "no/such/folder/made.onnx", "."])
 def test_an_out_that_cannot_be_is_told_at_once(tmp_path: Path, name: str) -> None:
     for command in (["quantize", MODEL, "--data", TEST], ["cast", MODEL, "fp16"]):
-        assert "cannot be written" in unirt_(*command, "-o", tmp_path / name, code=2).stderr
+        shown = unirt_(*command, "-o", tmp_path / name, code=2).stderr
+        assert "cannot be written" in " ".join(shown.split())
     unirt_("sparsify", MODEL, "-o", tmp_path / name, code=2)
 
 

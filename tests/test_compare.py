@@ -391,7 +391,7 @@ def test_nan_and_inf_fail_by_every_measure(kind: str, wrong: float, share: int) 
 def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A number for each time that anybody calibrates."""
     counted: list[int] = []
-    calibrate: Any = importlib.import_module("unirt.precision.calibrate")
+    calibrate: Any = importlib.import_module("unirt.precision.calibration.calibrate")
     real = calibrate.observe_with
 
     def count(*given: Any) -> Any:

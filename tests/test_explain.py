@@ -17,7 +17,7 @@ from unirt import cli
 from unirt.explanation import Explanation, explain
 from unirt.explanation.diagnosis import Diagnosis, Finding
 from unirt.explanation.graph import Graph
-from unirt.precision.dequantize import dequantize
+from unirt.precision.quantization.dequantize import dequantize
 
 onnx = pytest.importorskip("onnx", reason="the onnx package writes the graphs of these tests")
 quantization = pytest.importorskip(

@@ -21,7 +21,7 @@ from unirt.errors import (
     OptionError,
 )
 from unirt.precision import Calibration, Range, calibrate, observe, quantize_tflite
-from unirt.precision.tflite_graph import read_constant, read_graphs
+from unirt.precision.tflite import read_constant, read_graphs
 from unirt.testing.tflite_networks import Graph, tflite_network
 
 interpreters = pytest.importorskip("ai_edge_litert.interpreter", reason="LiteRT is not installed")

@@ -18,7 +18,7 @@ from unirt.plugins import Plugin
 from unirt.testing import NETWORKS
 from unirt.testing.networks import onnx_bytes
 
-calibrate: Any = importlib.import_module("unirt.precision.calibrate")
+calibrate: Any = importlib.import_module("unirt.precision.calibration.calibrate")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "digits"
 TEST = np.load(EXAMPLE / "test.npz")
 

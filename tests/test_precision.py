@@ -782,7 +782,7 @@ def test_external_data_comes_along(tmp_path: Path) -> None:
 
 
 def test_a_result_beyond_two_gigabytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["unirt.precision.cast"], "LIMIT", 300)
+    monkeypatch.setattr(sys.modules["unirt.precision.casting.cast"], "LIMIT", 300)
     with pytest.raises(unirt.ModelError, match="too large after the cast"):
         cast(graph(CNN, CNN_WEIGHTS), "fp16")
 

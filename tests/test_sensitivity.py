@@ -25,8 +25,8 @@ from unirt.precision import (
     search,
     sensitivity,
 )
-from unirt.precision import trial as trial_module
-from unirt.precision.trial import EXACT, Trial
+from unirt.precision.partial import trial as trial_module
+from unirt.precision.partial.trial import EXACT, Trial
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DIGITS, QAT = EXAMPLES / "digits", EXAMPLES / "qat"

@@ -100,9 +100,9 @@ class Ranges:
         return self.used[kind]
 
     def _calibrated(self, kind: str) -> Calibration:
-        from unirt.precision.calibrate import observe_with
-        from unirt.precision.tflite_graph import TFLiteWatcher
-        from unirt.precision.watch import Watcher
+        from unirt.precision.calibration.calibrate import observe_with
+        from unirt.precision.calibration.watch import Watcher
+        from unirt.precision.tflite import TFLiteWatcher
 
         watch = TFLiteWatcher if kind == "tflite" else Watcher
         try:
@@ -170,7 +170,7 @@ class Quantization:
     def make(self) -> tuple[bytes, tuple[str, ...]]:
         """The graph, and sentences on it."""
         from unirt import precision
-        from unirt.precision.recipes import LITERT
+        from unirt.precision.quantization.recipes import LITERT
 
         wanted: Any = QUANTIZATIONS[self._precision]
         done: Quantized | QuantizedTFLite
@@ -280,7 +280,7 @@ def recipe_of(backend: Backend, device: Device, file: ModelFile) -> Recipe:
 
     Raises OptionError where the backend states one that is not there.
     """
-    from unirt.precision.recipes import LITERT, find_recipe, recipe_for
+    from unirt.precision.quantization.recipes import LITERT, find_recipe, recipe_for
 
     if file.format == "tflite":
         return LITERT

@@ -13,7 +13,7 @@ from unirt.cli.outcome import reporting
 from unirt.cli.saving import Out, check_out, save_whole
 from unirt.cli.terminal import plural, print_heading, print_pairs, size_text, stdout, waiting
 from unirt.model import Model
-from unirt.precision.cast import cast as cast_model
+from unirt.precision.casting.cast import cast as cast_model
 
 
 def cast(

@@ -33,16 +33,16 @@ from unirt.cli.terminal import (
 from unirt.devices import host_devices
 from unirt.errors import BackendUnavailable, OptionError
 from unirt.model import Model
-from unirt.precision.calibrate import observe
-from unirt.precision.histogram import PERCENTILE, Method
-from unirt.precision.litert import quantize_tflite
-from unirt.precision.quantize import PRECISIONS, Precision
-from unirt.precision.quantize import quantize as quantize_model
-from unirt.precision.ranges import Calibration, RangeLike
-from unirt.precision.recipes import RECIPES, find_recipe, recipe_for
-from unirt.precision.search import Budget, Search, search
-from unirt.precision.sensitivity import Sensitivity
-from unirt.precision.trial import Measured, Trial
+from unirt.precision.calibration.calibrate import observe
+from unirt.precision.calibration.histogram import PERCENTILE, Method
+from unirt.precision.calibration.ranges import Calibration, RangeLike
+from unirt.precision.partial.measure import Sensitivity
+from unirt.precision.partial.search import Budget, Search, search
+from unirt.precision.partial.trial import Measured, Trial
+from unirt.precision.quantization.litert import quantize_tflite
+from unirt.precision.quantization.quantize import PRECISIONS, Precision
+from unirt.precision.quantization.quantize import quantize as quantize_model
+from unirt.precision.quantization.recipes import RECIPES, find_recipe, recipe_for
 from unirt.types import Candidate
 
 _CALIBRATED: Final = ("int8", "fp8")

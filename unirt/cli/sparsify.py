@@ -23,9 +23,9 @@ from unirt.cli.terminal import (
 )
 from unirt.errors import OptionError
 from unirt.model import Model
+from unirt.precision.partial.trial import Measured, Trial
 from unirt.precision.sparsity import Sparsified, SparsityTable, check_sparsity
 from unirt.precision.sparsity import sparsify as sparsify_model
-from unirt.precision.trial import Measured, Trial
 
 
 def sparsify(

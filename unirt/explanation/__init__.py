@@ -227,7 +227,7 @@ def _other(
 ) -> tuple[Model, Candidate, list[str]]:
     """What the quantized network is held against, on which engine, and notes about it."""
     if against is None:
-        from unirt.precision.dequantize import dequantize
+        from unirt.precision.quantization.dequantize import dequantize
 
         done = dequantize(model)
         plain = Model(done.model.primary.read(), name=f"{model.name} without Q/DQ")

@@ -13,7 +13,7 @@ from unirt.formats.model_file import ModelFile, frozen, refusal
 from unirt.types import TensorSpec
 
 # Element types in the order of their numbers, with their bits; 0 where a shape tells no size.
-_TYPES: Final = (
+TYPES: Final = (
     *(("float32", 32), ("float16", 16), ("int32", 32), ("uint8", 8), ("int64", 64), ("string", 0)),
     *(("bool", 8), ("int16", 16), ("complex64", 64), ("int8", 8), ("float64", 64)),
     *(("complex128", 128), ("uint64", 64), ("resource", 0), ("variant", 0), ("uint32", 32)),
@@ -60,7 +60,7 @@ MAX_RANK: Final = 64
 _INT64_MAX: Final = 2**63 - 1
 
 
-class _Model:
+class ModelFields:
     """Slots of the schema's tables, by name."""
 
     OPERATOR_CODES, SUBGRAPHS, BUFFERS, SIGNATURES, EXTERNAL_BUFFERS = 1, 2, 4, 7, 9
@@ -70,19 +70,19 @@ class _OperatorCode:
     DEPRECATED, CUSTOM, BUILTIN = 0, 1, 3
 
 
-class _SubGraph:
+class SubGraphFields:
     TENSORS, INPUTS, OUTPUTS, OPERATORS = 0, 1, 2, 3
 
 
-class _Tensor:
+class TensorFields:
     SHAPE, TYPE, BUFFER, NAME, VARIABLE, SPARSITY, SIGNATURE = 0, 1, 2, 3, 5, 6, 7
 
 
-class _Operator:
+class OperatorFields:
     CODE, INPUTS, OUTPUTS, INTERMEDIATES = 0, 1, 2, 8
 
 
-class _Buffer:
+class BufferFields:
     DATA, OFFSET, SIZE = 0, 1, 2
 
 
@@ -115,26 +115,26 @@ class _Reader:
     def read(self) -> ModelFile:
         data = self.content.view()
         model = FlatBuffer(data).root()
-        if model.tables(_Model.EXTERNAL_BUFFERS):
+        if model.tables(ModelFields.EXTERNAL_BUFFERS):
             raise self.refuse(
                 "keeps weights in files outside.",
                 "UniRT reads TFLite models only with all their weights inside.",
                 "Convert the model again into one file.",
             )
-        subgraphs = model.tables(_Model.SUBGRAPHS)
+        subgraphs = model.tables(ModelFields.SUBGRAPHS)
         if not subgraphs:
             raise self.refuse(
                 "has no graph.",
                 "A TFLite model has at least one subgraph.",
                 "Fetch or convert the model again; it may be cut short.",
             )
-        codes = [_operator_name(code) for code in model.tables(_Model.OPERATOR_CODES)]
-        buffers = [self.buffer(table, len(data)) for table in model.tables(_Model.BUFFERS)]
+        codes = [operator_name(code) for code in model.tables(ModelFields.OPERATOR_CODES)]
+        buffers = [self.buffer(table, len(data)) for table in model.tables(ModelFields.BUFFERS)]
         for subgraph in subgraphs:
             self.subgraph(subgraph, codes, buffers)
-        first, signatures = subgraphs[0], model.tables(_Model.SIGNATURES)
-        tensors = first.tables(_SubGraph.TENSORS)
-        inputs, outputs = first.ints(_SubGraph.INPUTS), first.ints(_SubGraph.OUTPUTS)
+        first, signatures = subgraphs[0], model.tables(ModelFields.SIGNATURES)
+        tensors = first.tables(SubGraphFields.TENSORS)
+        inputs, outputs = first.ints(SubGraphFields.INPUTS), first.ints(SubGraphFields.OUTPUTS)
         if not outputs:
             raise self.refuse(
                 "has no outputs.",
@@ -145,7 +145,8 @@ class _Reader:
         names = _signature_names(own[0], inputs, outputs) if len(own) == 1 else None
         if names is None:
             names = tuple(
-                [tensors[index].text(_Tensor.NAME) for index in ends] for ends in (inputs, outputs)
+                [tensors[index].text(TensorFields.NAME) for index in ends]
+                for ends in (inputs, outputs)
             )
         self.unique(names[0], "inputs")
         self.unique(names[1], "outputs")
@@ -161,26 +162,30 @@ class _Reader:
 
     def buffer(self, table: Table, file_size: int) -> int:
         """The size of a buffer, whose data may stand behind the tables in files over 2 GiB."""
-        offset, size = table.scalar(_Buffer.OFFSET, "Q"), table.scalar(_Buffer.SIZE, "Q")
+        offset, size = table.scalar(BufferFields.OFFSET, "Q"), table.scalar(BufferFields.SIZE, "Q")
         if offset <= 1:  # 0 and 1 mean: not there
-            return table.length(_Buffer.DATA) or 0
+            return table.length(BufferFields.DATA) or 0
         if offset + size > file_size:
             raise FlatBufferError(f"a buffer ends at byte {offset + size:,} of {file_size:,}")
         return size
 
     def subgraph(self, subgraph: Table, codes: Sequence[str], buffers: Sequence[int]) -> None:
-        tensors = subgraph.tables(_SubGraph.TENSORS)
+        tensors = subgraph.tables(SubGraphFields.TENSORS)
         for tensor in tensors:
             self.tensor(tensor, buffers)
-        ends = subgraph.ints(_SubGraph.INPUTS) + subgraph.ints(_SubGraph.OUTPUTS)
+        ends = subgraph.ints(SubGraphFields.INPUTS) + subgraph.ints(SubGraphFields.OUTPUTS)
         self.indices(ends, len(tensors), least=0)
-        for operator in subgraph.tables(_SubGraph.OPERATORS):
-            code = operator.scalar(_Operator.CODE, "I")
+        for operator in subgraph.tables(SubGraphFields.OPERATORS):
+            code = operator.scalar(OperatorFields.CODE, "I")
             if code >= len(codes):
                 raise FlatBufferError(f"an operator has code {code} of {len(codes)}")
             self.ops[codes[code]] += 1
             self.stateful |= codes[code] in _STATE
-            for slot in (_Operator.INPUTS, _Operator.OUTPUTS, _Operator.INTERMEDIATES):
+            for slot in (
+                OperatorFields.INPUTS,
+                OperatorFields.OUTPUTS,
+                OperatorFields.INTERMEDIATES,
+            ):
                 self.indices(operator.ints(slot), len(tensors), least=-1)  # -1: left out
 
     def indices(self, indices: Iterable[int], count: int, *, least: int) -> None:
@@ -191,32 +196,32 @@ class _Reader:
     def tensor(self, tensor: Table, buffers: Sequence[int]) -> None:
         """Checks the tensor's shape, and that a constant has just the data its shape needs."""
         dtype, bits = self.element_type(tensor)
-        shape = tensor.ints(_Tensor.SHAPE)
+        shape = tensor.ints(TensorFields.SHAPE)
         if len(shape) > MAX_RANK:
             raise self.wrong(tensor, "has an impossible shape", f"Its rank is {len(shape):,}")
         if min(shape, default=0) < 0 or prod(size for size in shape if size) > _INT64_MAX:
             raise self.wrong(tensor, "has an impossible shape", f"Its shape is {list(shape)}")
-        count, index = prod(shape), tensor.scalar(_Tensor.BUFFER, "I")
+        count, index = prod(shape), tensor.scalar(TensorFields.BUFFER, "I")
         nbytes = (count * bits + 7) // 8
         if nbytes > self.max_bytes:
             raise self.refuse(
                 "is larger than models may be.",
                 f"The limit is {size_text(self.max_bytes)}, and tensor "
-                f"{tensor.text(_Tensor.NAME)!r} declares {size_text(nbytes)}.",
+                f"{tensor.text(TensorFields.NAME)!r} declares {size_text(nbytes)}.",
                 "If you trust the file, raise the limit with Model(..., max_bytes=...) or "
                 "UNIRT_MAX_MODEL_BYTES.",
-                tensor=tensor.text(_Tensor.NAME),
+                tensor=tensor.text(TensorFields.NAME),
                 max_bytes=self.max_bytes,
             )
         # `buffers` may be left out where all are empty.
         if index >= max(len(buffers), 1):
             raise FlatBufferError(f"a tensor has buffer {index} of {len(buffers)}")
-        self.stateful |= bool(tensor.scalar(_Tensor.VARIABLE, "?"))
+        self.stateful |= bool(tensor.scalar(TensorFields.VARIABLE, "?"))
         have = buffers[index] if buffers else 0
         if not have:
             return
         # Some writers do not pack elements below a byte; sparse ones leave out zeros.
-        if bits and have not in (nbytes, count) and not tensor.has(_Tensor.SPARSITY):
+        if bits and have not in (nbytes, count) and not tensor.has(TensorFields.SPARSITY):
             raise self.wrong(
                 tensor,
                 "has the wrong amount of data",
@@ -227,7 +232,7 @@ class _Reader:
             self.weights[dtype] += count
 
     def wrong(self, tensor: Table, what: str, why: str) -> Exception:
-        name = tensor.text(_Tensor.NAME)
+        name = tensor.text(TensorFields.NAME)
         return self.refuse(
             f"is damaged: tensor {name!r} {what}.",
             f"{why}.",
@@ -236,14 +241,14 @@ class _Reader:
         )
 
     def element_type(self, tensor: Table) -> tuple[str, int]:
-        number = tensor.scalar(_Tensor.TYPE, "B")
-        if number >= len(_TYPES):
+        number = tensor.scalar(TensorFields.TYPE, "B")
+        if number >= len(TYPES):
             raise self.wrong(
                 tensor,
                 f"has the unknown element type {number}",
                 "The file is damaged, or newer than this UniRT",
             )
-        return _TYPES[number]
+        return TYPES[number]
 
     def specs(
         self, tensors: Sequence[Table], indices: Sequence[int], names: Sequence[str]
@@ -251,7 +256,7 @@ class _Reader:
         specs = []
         for index, name in zip(indices, names, strict=True):
             tensor = tensors[index]
-            shape = tensor.ints(_Tensor.SIGNATURE) or tensor.ints(_Tensor.SHAPE)
+            shape = tensor.ints(TensorFields.SIGNATURE) or tensor.ints(TensorFields.SHAPE)
             if min(shape, default=0) < -1:
                 raise self.wrong(tensor, "has an impossible shape", f"Its shape is {list(shape)}")
             sizes = tuple(None if size == -1 else size for size in shape)
@@ -269,7 +274,7 @@ class _Reader:
                 )
 
 
-def _operator_name(code: Table) -> str:
+def operator_name(code: Table) -> str:
     # Codes that did not fit the old one-byte field have a field of their own.
     number = max(
         code.scalar(_OperatorCode.DEPRECATED, "b"), code.scalar(_OperatorCode.BUILTIN, "i")

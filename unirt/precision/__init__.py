@@ -1,14 +1,15 @@
 """Precision as model -> model transforms: the result is an ONNX graph that any engine can run."""
 
-from unirt.precision.calibrate import Observations, calibrate, observe
-from unirt.precision.cast import Cast, cast
-from unirt.precision.dequantize import Dequantized, dequantize
-from unirt.precision.litert import QuantizedTFLite, quantize_tflite
-from unirt.precision.quantize import Quantized, quantize
-from unirt.precision.ranges import Calibration, Range
-from unirt.precision.recipes import RECIPES, Recipe, recipe_for
-from unirt.precision.search import Budget, Search, Step, search
-from unirt.precision.sensitivity import Sensitivity, sensitivity
+from unirt.precision.calibration.calibrate import Observations, calibrate, observe
+from unirt.precision.calibration.ranges import Calibration, Range
+from unirt.precision.casting.cast import Cast, cast
+from unirt.precision.partial.measure import Sensitivity, sensitivity
+from unirt.precision.partial.search import Budget, Search, Step, search
+from unirt.precision.partial.trial import Measured
+from unirt.precision.quantization.dequantize import Dequantized, dequantize
+from unirt.precision.quantization.litert import QuantizedTFLite, quantize_tflite
+from unirt.precision.quantization.quantize import Quantized, quantize
+from unirt.precision.quantization.recipes import RECIPES, Recipe, recipe_for
 from unirt.precision.sparsity import (
     LayerSparsity,
     Pruned,
@@ -17,7 +18,6 @@ from unirt.precision.sparsity import (
     check_sparsity,
     sparsify,
 )
-from unirt.precision.trial import Measured
 
 __all__ = [
     "RECIPES",

@@ -94,6 +94,28 @@ def name_nodes(graph: onnx.GraphProto) -> Names:
     return names
 
 
+def main_names(graph: onnx.GraphProto) -> frozenset[str]:
+    """Those of all tensors of this graph, without the graphs inside its nodes."""
+    names = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    names.update(name for node in graph.node for name in node.output if name)
+    return frozenset(names)
+
+
+def check_names(names: Iterable[str], known: Iterable[str], what: str = "tensor") -> None:
+    """Raises OptionError for the first name that is not known, with the nearest one that is."""
+    known = set(known)
+    for name in names:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(str(name), known, n=1)
+        raise OptionError(
+            f"There is no {what} {name!r} in the network.",
+            f"Its main graph has {len(known)} others.",
+            f"Did you mean {near[0]!r}?" if near else "Look its names up in the ONNX graph.",
+            name=name,
+        )
+
+
 def check_nodes(option: str, given: Collection[str], nodes: Iterable[onnx.NodeProto]) -> None:
     """Raises OptionError unless there are nodes of these names."""
     if isinstance(given, str):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 from unirt.errors import BackendUnavailable, ModelError
 from unirt.model import Model, ModelFile
-from unirt.precision.graph import infer_types
+from unirt.precision.graph import infer_types, main_names
+from unirt.precision.tflite import read_graphs
 
 if TYPE_CHECKING:
     import onnx
@@ -83,3 +84,17 @@ def check_size(proto: onnx.ModelProto, name: str, step: str, limit: int = LIMIT)
             f"Its weights have {total:,} bytes, and a model in memory may have {limit:,}.",
             f"Split the network into several models, and repeat {step} on each.",
         )
+
+
+def graph_names(model: Model) -> tuple[str, frozenset[str]]:
+    """The content hash of the model's ONNX file, or of its .tflite where it has none, and the names
+    of all tensors of its main graph.
+
+    Raises ModelError, BackendUnavailable.
+    """
+    if tuple(model.formats) == ("tflite",):
+        file = model.formats["tflite"]
+        (graph, *_) = read_graphs(file.read(), model.name)
+        return file.hash, frozenset(tensor.name for tensor in graph.tensors if tensor.name)
+    file = find_onnx(model, "calibrated")
+    return file.hash, main_names(read_graph(file, "calibrated", weights=False).graph)

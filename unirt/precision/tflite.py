@@ -18,16 +18,16 @@ from unirt.data import Feed
 from unirt.errors import BackendUnavailable, ModelError, OptionError, sentence
 from unirt.formats.flatbuffer import FlatBuffer, FlatBufferError, Table
 from unirt.formats.tflite_file import (
-    _TYPES,
-    _Buffer,
-    _Model,
-    _Operator,
-    _operator_name,
-    _SubGraph,
-    _Tensor,
+    TYPES,
+    BufferFields,
+    ModelFields,
+    OperatorFields,
+    SubGraphFields,
+    TensorFields,
+    operator_name,
 )
 from unirt.model import Model, ModelFile
-from unirt.precision.ranges import check_names
+from unirt.precision.graph import check_names
 from unirt.session import Session
 from unirt.types import Array, Candidate
 
@@ -104,12 +104,12 @@ def read_graphs(data: bytes, name: str) -> tuple[TFLiteGraph, ...]:
     """The subgraphs of a file that was opened as a Model before. Raises ModelError."""
     try:
         model = FlatBuffer(memoryview(data)).root()
-        kinds = [_operator_name(code) for code in model.tables(_Model.OPERATOR_CODES)]
+        kinds = [operator_name(code) for code in model.tables(ModelFields.OPERATOR_CODES)]
         filled = [
-            bool(buffer.length(_Buffer.DATA)) or buffer.scalar(_Buffer.OFFSET, "Q") > 1
-            for buffer in model.tables(_Model.BUFFERS)
+            bool(buffer.length(BufferFields.DATA)) or buffer.scalar(BufferFields.OFFSET, "Q") > 1
+            for buffer in model.tables(ModelFields.BUFFERS)
         ]
-        return tuple(_graph(table, kinds, filled) for table in model.tables(_Model.SUBGRAPHS))
+        return tuple(_graph(table, kinds, filled) for table in model.tables(ModelFields.SUBGRAPHS))
     except FlatBufferError as error:
         raise ModelError(
             f"{name} is damaged.", f"{sentence(str(error))}", "Fetch or convert the model again."
@@ -117,24 +117,24 @@ def read_graphs(data: bytes, name: str) -> tuple[TFLiteGraph, ...]:
 
 
 def _graph(table: Table, kinds: list[str], filled: list[bool]) -> TFLiteGraph:
-    tensors = tuple(_tensor(one, filled) for one in table.tables(_SubGraph.TENSORS))
+    tensors = tuple(_tensor(one, filled) for one in table.tables(SubGraphFields.TENSORS))
     operators = []
-    for operator in table.tables(_SubGraph.OPERATORS):
-        outputs = operator.ints(_Operator.OUTPUTS)
+    for operator in table.tables(SubGraphFields.OPERATORS):
+        outputs = operator.ints(OperatorFields.OUTPUTS)
         first = next((index for index in outputs if index >= 0), None)
         name = "" if first is None else tensors[first].name
-        kind = kinds[operator.scalar(_Operator.CODE, "I")]
-        operators.append(TFLiteOperator(kind, name, operator.ints(_Operator.INPUTS), outputs))
-    ends = table.ints(_SubGraph.INPUTS), table.ints(_SubGraph.OUTPUTS)
+        kind = kinds[operator.scalar(OperatorFields.CODE, "I")]
+        operators.append(TFLiteOperator(kind, name, operator.ints(OperatorFields.INPUTS), outputs))
+    ends = table.ints(SubGraphFields.INPUTS), table.ints(SubGraphFields.OUTPUTS)
     return TFLiteGraph(tensors, tuple(operators), *ends)
 
 
 def _tensor(table: Table, filled: list[bool]) -> TFLiteTensor:
-    buffer = table.scalar(_Tensor.BUFFER, "I")
+    buffer = table.scalar(TensorFields.BUFFER, "I")
     return TFLiteTensor(
-        table.text(_Tensor.NAME),
-        _TYPES[table.scalar(_Tensor.TYPE, "B")][0],
-        table.ints(_Tensor.SHAPE),
+        table.text(TensorFields.NAME),
+        TYPES[table.scalar(TensorFields.TYPE, "B")][0],
+        table.ints(TensorFields.SHAPE),
         buffer < len(filled) and filled[buffer],
         _scales(table),
         buffer,
@@ -151,10 +151,10 @@ def _scales(table: Table) -> tuple[float, ...]:
 
 def read_constant(data: bytes, tensor: TFLiteTensor) -> Array:
     """The values of a constant of 8 bits or more."""
-    table = FlatBuffer(memoryview(data)).root().tables(_Model.BUFFERS)[tensor.buffer]
-    start, size = table.scalar(_Buffer.OFFSET, "Q"), table.scalar(_Buffer.SIZE, "Q")
+    table = FlatBuffer(memoryview(data)).root().tables(ModelFields.BUFFERS)[tensor.buffer]
+    start, size = table.scalar(BufferFields.OFFSET, "Q"), table.scalar(BufferFields.SIZE, "Q")
     if start <= 1:  # not behind the tables
-        field = table.field(_Buffer.DATA)
+        field = table.field(BufferFields.DATA)
         assert field is not None
         start, size = table.buffer.vector(table.buffer.offset(field), 1)
     return np.frombuffer(data[start : start + size], tensor.dtype)
@@ -165,8 +165,8 @@ def with_outputs(data: bytes, outputs: Collection[int]) -> bytes:
 
     Its signatures do not fit any more, so that outputs go by their tensors' names.
     """
-    subgraph = FlatBuffer(memoryview(data)).root().tables(_Model.SUBGRAPHS)[0]
-    field = subgraph.field(_SubGraph.OUTPUTS)
+    subgraph = FlatBuffer(memoryview(data)).root().tables(ModelFields.SUBGRAPHS)[0]
+    field = subgraph.field(SubGraphFields.OUTPUTS)
     if field is None:
         raise ModelError("The model has no outputs.", "Its main graph lists none.")
     start = (len(data) + 3) // 4 * 4

@@ -10,12 +10,13 @@ from typing import Any
 
 from unirt.errors import ModelError, OptionError
 from unirt.model import Model, ModelSource
-from unirt.precision.calibrate import CalibrationData
-from unirt.precision.quantize import Precision, Quantized, quantize
-from unirt.precision.ranges import Calibration, check_names
-from unirt.precision.recipes import TENSORRT, Recipe
+from unirt.precision.calibration.calibrate import CalibrationData
+from unirt.precision.calibration.ranges import Calibration
+from unirt.precision.graph import check_names
+from unirt.precision.partial.trial import Measured, Progress, Trial
+from unirt.precision.quantization.quantize import Precision, Quantized, quantize
+from unirt.precision.quantization.recipes import TENSORRT, Recipe
 from unirt.precision.source import find_onnx
-from unirt.precision.trial import Measured, Progress, Trial
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,15 @@ from unirt.backend import Backend
 from unirt.data import Feed
 from unirt.errors import BackendUnavailable, ModelError, NoBackend, OptionError, sentence
 from unirt.model import Model, ModelFile
-from unirt.precision.graph import FLOAT, all_nodes, captured, tensor_names
-from unirt.precision.ranges import check_names
+from unirt.precision.graph import (
+    FLOAT,
+    all_nodes,
+    captured,
+    check_names,
+    main_names,
+    tensor_names,
+)
 from unirt.precision.source import find_onnx, read_graph, tensor_types
-from unirt.precision.tflite_graph import read_graphs
 from unirt.session import Session
 from unirt.types import Candidate
 
@@ -38,26 +43,6 @@ _LIMIT: Final = 2**31 - 1 - 2**24  # bytes of one protobuf message, less those o
 _HALVES: Final = frozenset({10, 16})  # onnx.TensorProto.FLOAT16 and BFLOAT16
 _FLOAT_BYTES: Final = 4
 _INT64: Final = 7  # onnx.TensorProto.INT64
-
-
-def graph_names(model: Model) -> tuple[str, frozenset[str]]:
-    """The content hash of the model's ONNX file, or of its .tflite where it has none, and the names
-    of all tensors of its main graph.
-
-    Raises ModelError, BackendUnavailable.
-    """
-    if tuple(model.formats) == ("tflite",):
-        file = model.formats["tflite"]
-        (graph, *_) = read_graphs(file.read(), model.name)
-        return file.hash, frozenset(tensor.name for tensor in graph.tensors if tensor.name)
-    file = onnx_file(model)
-    return file.hash, _names(read_graph(file, "calibrated", weights=False).graph)
-
-
-def _names(graph: onnx.GraphProto) -> frozenset[str]:
-    names = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-    names.update(name for node in graph.node for name in node.output if name)
-    return frozenset(names)
 
 
 def onnx_file(model: Model) -> ModelFile:
@@ -243,7 +228,7 @@ class Watcher:
         file = onnx_file(model)
         self._inputs = model.input_names(file)
         self._proto = read_graph(file, "calibrated")
-        self.hash, self.tensors = file.hash, _names(self._proto.graph)
+        self.hash, self.tensors = file.hash, main_names(self._proto.graph)
         self.watched = Watched.of(self._proto, model.name, wanted)
         self._backend, self._device = choose_engine(engine)
         self.engine = f"{self._backend.name}@{self._device}"

@@ -11,12 +11,12 @@ from typing import Any, Final
 from unirt.accuracy import json_number
 from unirt.errors import DataError, ModelError, OptionError
 from unirt.model import Model, ModelSource
-from unirt.precision.calibrate import CalibrationData
-from unirt.precision.quantize import Precision, Quantized
-from unirt.precision.ranges import Calibration
-from unirt.precision.recipes import TENSORRT, Recipe
-from unirt.precision.sensitivity import Sensitivity, Workbench
-from unirt.precision.trial import Measured, Progress
+from unirt.precision.calibration.calibrate import CalibrationData
+from unirt.precision.calibration.ranges import Calibration
+from unirt.precision.partial.measure import Sensitivity, Workbench
+from unirt.precision.partial.trial import Measured, Progress
+from unirt.precision.quantization.quantize import Precision, Quantized
+from unirt.precision.quantization.recipes import TENSORRT, Recipe
 
 _RANKING_SHARE: Final = 0.7
 """Of the time that a search takes, as it is told to the caller's progress function."""

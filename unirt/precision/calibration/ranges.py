@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import numbers
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +16,8 @@ from typing import Any, Final, TypeAlias
 
 from unirt.errors import DataError, ModelError, OptionError
 from unirt.model import Model, ModelSource
+from unirt.precision.graph import check_names
+from unirt.precision.source import graph_names
 
 FORMAT: Final = "unirt-calibration"
 VERSION: Final = 1
@@ -106,7 +107,6 @@ class Calibration:
         Raises OptionError for a name that its main graph lacks and for what is no range, ModelError
         for a model without ONNX graph, BackendUnavailable without the onnx package.
         """
-        from unirt.precision.watch import graph_names  # which stands above this module
 
         digest, names = graph_names(Model.open(model))
         return cls({}, BY_HAND, 0, digest, tensors=names).with_ranges(ranges)
@@ -133,7 +133,6 @@ class Calibration:
         A network that was exported again or simplified keeps names, so that another content hash
         alone is no error. Raises ModelError if the model has no tensor of any of the names.
         """
-        from unirt.precision.watch import graph_names
 
         source = Model.open(model)
         file = source.file(["onnx", "tflite"])
@@ -208,21 +207,6 @@ class Calibration:
         """What `save` wrote, every value checked. Raises DataError."""
         path = Path(path)
         return _Reader(path).calibration(_read(path))
-
-
-def check_names(names: Iterable[str], known: Iterable[str], what: str = "tensor") -> None:
-    """Raises OptionError for the first name that is not known, with the nearest one that is."""
-    known = set(known)
-    for name in names:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(str(name), known, n=1)
-        raise OptionError(
-            f"There is no {what} {name!r} in the network.",
-            f"Its main graph has {len(known)} others.",
-            f"Did you mean {near[0]!r}?" if near else "Look its names up in the ONNX graph.",
-            name=name,
-        )
 
 
 def _given(name: str, given: RangeLike) -> Range:

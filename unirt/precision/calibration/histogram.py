@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 import numpy as np
 
 from unirt.errors import OptionError
-from unirt.precision.ranges import Range
+from unirt.precision.calibration.ranges import Range
 
 Method: TypeAlias = Literal["max", "entropy", "mse", "percentile"]
 METHODS: Final[tuple[Method, ...]] = get_args(Method)

@@ -9,10 +9,11 @@ from typing import Literal
 
 from unirt.errors import ModelError, OptionError
 from unirt.model import Model, ModelSource
-from unirt.precision.calibrate import CalibrationData, observe
+from unirt.precision.calibration.calibrate import CalibrationData, observe
+from unirt.precision.casting.plan import make_plan
+from unirt.precision.casting.rewrite import Rewriter
+from unirt.precision.casting.weights import LOWS
 from unirt.precision.graph import check_nodes, name_nodes
-from unirt.precision.plan import make_plan
-from unirt.precision.rewrite import Rewriter
 from unirt.precision.source import (
     LIMIT,
     check_size,
@@ -21,7 +22,6 @@ from unirt.precision.source import (
     read_graph,
     tensor_types,
 )
-from unirt.precision.weights import LOWS
 
 
 @dataclass(frozen=True)

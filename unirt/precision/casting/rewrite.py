@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Literal
 
+from unirt.precision.casting.plan import Plan
+from unirt.precision.casting.verdict import OUTPUT_TYPE, Verdict
+from unirt.precision.casting.weights import Low, narrowed
 from unirt.precision.graph import FLOAT, captured, name_nodes, rename_captured, tensor_names
-from unirt.precision.plan import Plan
-from unirt.precision.verdict import OUTPUT_TYPE, Verdict
-from unirt.precision.weights import Low, narrowed
 
 if TYPE_CHECKING:
     import onnx

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from unirt.errors import ModelError
+from unirt.precision.calibration.ranges import Range
 from unirt.precision.graph import FLOAT
-from unirt.precision.prepare import Graph, channel_axis
-from unirt.precision.ranges import Range
-from unirt.precision.recipes import Recipe
+from unirt.precision.quantization.prepare import Graph, channel_axis
+from unirt.precision.quantization.recipes import Recipe
 
 if TYPE_CHECKING:
     import onnx

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
+from unirt.precision.calibration.ranges import Range
+from unirt.precision.casting.lift import lift
+from unirt.precision.casting.verdict import MOVING, OUTPUT_TYPE, Verdict
+from unirt.precision.casting.weights import Fit, Low, constant_tensor
 from unirt.precision.graph import FLOAT, NOT_A_TENSOR, subgraphs
-from unirt.precision.lift import lift
-from unirt.precision.ranges import Range
-from unirt.precision.verdict import MOVING, OUTPUT_TYPE, Verdict
-from unirt.precision.weights import Fit, Low, constant_tensor
 
 if TYPE_CHECKING:
     import onnx

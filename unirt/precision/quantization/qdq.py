@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from unirt.precision.placement import Placement, Weight
-from unirt.precision.prepare import Graph
-from unirt.precision.ranges import Range
-from unirt.precision.recipes import Recipe
+from unirt.precision.calibration.ranges import Range
+from unirt.precision.quantization.placement import Placement, Weight
+from unirt.precision.quantization.prepare import Graph
+from unirt.precision.quantization.recipes import Recipe
 
 if TYPE_CHECKING:
     import onnx

@@ -14,10 +14,10 @@ from unirt.arrays import admit, describe
 from unirt.data import DataSource, Feed, Samples, load_samples
 from unirt.errors import DataError, InputError, OptionError
 from unirt.model import Model, ModelSource
-from unirt.precision.histogram import BINS, PERCENTILE, Histogram, Method, check_method
-from unirt.precision.ranges import Calibration, Range
-from unirt.precision.tflite_graph import TFLiteWatcher
-from unirt.precision.watch import Watcher
+from unirt.precision.calibration.histogram import BINS, PERCENTILE, Histogram, Method, check_method
+from unirt.precision.calibration.ranges import Calibration, Range
+from unirt.precision.calibration.watch import Watcher
+from unirt.precision.tflite import TFLiteWatcher
 from unirt.types import TensorSpec
 
 CalibrationData: TypeAlias = "DataSource | Samples | Iterable[Any]"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from unirt.errors import DataError, ModelError, OptionError
 from unirt.model import Model, ModelSource
+from unirt.precision.calibration.ranges import Calibration, Range
 from unirt.precision.graph import all_nodes, check_nodes
-from unirt.precision.placement import (
+from unirt.precision.quantization.placement import (
     BY_HAND,
     Choice,
     Placement,
@@ -19,10 +20,9 @@ from unirt.precision.placement import (
     place,
     place_weights,
 )
-from unirt.precision.prepare import Graph, fold, join_biases, raise_opset
-from unirt.precision.qdq import FP8, INT4, INT8, UINT8, write
-from unirt.precision.ranges import Calibration, Range
-from unirt.precision.recipes import TENSORRT, Recipe, find_recipe
+from unirt.precision.quantization.prepare import Graph, fold, join_biases, raise_opset
+from unirt.precision.quantization.qdq import FP8, INT4, INT8, UINT8, write
+from unirt.precision.quantization.recipes import TENSORRT, Recipe, find_recipe
 from unirt.precision.source import check_size, find_onnx, read_graph
 
 if TYPE_CHECKING:

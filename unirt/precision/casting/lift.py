@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from unirt.precision.casting.verdict import MOVING, OUTPUT_TYPE, Verdict
+from unirt.precision.casting.weights import Low
 from unirt.precision.graph import FLOAT, captured
-from unirt.precision.verdict import MOVING, OUTPUT_TYPE, Verdict
-from unirt.precision.weights import Low
 
 if TYPE_CHECKING:
     import onnx

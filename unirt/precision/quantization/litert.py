@@ -25,11 +25,11 @@ from unirt.errors import (
     UnirtError,
 )
 from unirt.model import Model, ModelSource
-from unirt.precision.calibrate import CalibrationData, observe_with
-from unirt.precision.histogram import PERCENTILE, Method, check_method
-from unirt.precision.placement import BY_HAND
-from unirt.precision.ranges import Calibration, Range
-from unirt.precision.tflite_graph import (
+from unirt.precision.calibration.calibrate import CalibrationData, observe_with
+from unirt.precision.calibration.histogram import PERCENTILE, Method, check_method
+from unirt.precision.calibration.ranges import Calibration, Range
+from unirt.precision.quantization.placement import BY_HAND
+from unirt.precision.tflite import (
     PRODUCTS,
     TFLiteGraph,
     TFLiteOperator,

@@ -20,7 +20,7 @@ from unirt.backend import Backend
 from unirt.data import Feed, Samples, load_samples
 from unirt.errors import BackendUnavailable, DataError, NoBackend, OptionError, sentence
 from unirt.model import Model
-from unirt.precision.calibrate import CalibrationData
+from unirt.precision.calibration.calibrate import CalibrationData
 from unirt.session import Session
 from unirt.types import Array, Candidate, TensorSpec
 

@@ -1,0 +1,1 @@
+"""A float32 graph in fp16 or bf16: judged, planned, rewritten."""

@@ -1,0 +1,1 @@
+"""What each node's low precision costs, and the fewest to leave alone."""
