@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from unirt.precision.histogram import METHODS
-from unirt.precision.recipes import LITERT, RECIPES
+from unirt.precision.calibration.histogram import METHODS
+from unirt.precision.quantization.recipes import LITERT, RECIPES
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "precision.md").read_text()
@@ -58,6 +58,15 @@ def test_checks_are_what_the_cells_say(path: Path, benchmark: Any) -> None:
     for cell in results["cells"]:
         assert cell["state"] in ("measured", "built", "failed", "skipped")
         assert bool(cell.get("error")) == (cell["state"] in ("failed", "skipped"))
+
+
+def test_figures_in_the_text_are_those_of_the_results() -> None:
+    text = " ".join(PAGE.split())
+    results = json.loads((ROOT / "benchmarks/results/precision-epyc-2core.json").read_text())
+    out = {(row["network"], row["start"]): row["noise_out_db"] for row in results["amplification"]}
+    begun = out["mobilenetv2", "as PyTorch begins"]
+    assert f"comes out {begun:.0f} dB below its output" in text
+    assert f"digits network makes {out['digits', 'trained']:.0f} dB of it" in text
 
 
 def test_the_example_runs(tmp_path: Path) -> None:

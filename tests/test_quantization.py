@@ -514,6 +514,23 @@ def test_a_target_without_int8_convolutions_gets_none_and_keeps_those_in_fp8() -
     assert any("conv" in name for name in in_fp8.nodes)
 
 
+def test_what_stays_in_float32_does_so_on_onnxruntime_too() -> None:
+    pytest.importorskip("onnxruntime")
+    text = """net (float[1,8,8,8] x) => (float[1,8,8,8] y) {
+        [one] a = Conv (x, u) [two] b = Conv (a, v) [three] y = Conv (b, w)
+    }"""
+    weights = {name: values(8, 8, 1, 1, seed=at) for at, name in enumerate("uvw")}
+    weights["v"][0] *= 100  # with one scale for all its channels the others would vanish
+    model = graph(text, weights)
+    feed = {"x": values(1, 8, 8, 8)}
+    result = quantize(model, calibrate(model, [feed]), "int8", "cpu", keep=["two"])
+    with unirt.build(result.model, "onnxruntime@cpu") as engine, engine.session() as session:
+        (kept,) = [layer for layer in engine.inspect().layers if "two" in layer.nodes]
+        assert kept.kind != "QLinearConv"
+        fused = session.run(feed)["y"]
+    assert snr_db(fused, run(result, feed, exactly=True)) > 30
+
+
 @pytest.mark.parametrize("recipe", CONVOLVING)
 def test_any_single_node_of_a_network_can_stay_in_float32(recipe: str) -> None:
     model = mobilenet()

@@ -56,6 +56,9 @@ EXTENDED = {
     "float8_e5m2fnuz": 20,
 }
 CUDA_LEGACY_STREAM = 1
+
+UNWANTED = ["WeightBiasQuantization"]
+"""It quantizes the weights of float32 nodes between Q/DQ, which were left so for their answers."""
 FLOAT8 = (
     "the graph holds fp8, so it is optimized as far as `basic` only, and its Q/DQ are left alone: "
     "ONNX Runtime takes them for int8, and then refuses the graph or answers wrong"
@@ -184,7 +187,11 @@ class OnnxRuntimeEngine(Engine):
         if change is not None:
             change(settings)
         native = onnxruntime.InferenceSession(
-            source, settings, providers=self._providers, enable_fallback=0
+            source,
+            settings,
+            providers=self._providers,
+            enable_fallback=0,
+            disabled_optimizers=UNWANTED,
         )
         native.disable_fallback()
         return native
