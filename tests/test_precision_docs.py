@@ -67,6 +67,18 @@ def test_figures_in_the_text_are_those_of_the_results() -> None:
     begun = out["mobilenetv2", "as PyTorch begins"]
     assert f"comes out {begun:.0f} dB below its output" in text
     assert f"digits network makes {out['digits', 'trained']:.0f} dB of it" in text
+    (found,) = results["searches"]
+    whole = next(
+        cell
+        for cell in results["cells"]
+        if (cell["network"], cell["engine"], cell["precision"], cell["method"])
+        == ("resnet50", "onnxruntime", "int8", "mse")
+    )
+    assert f"ResNet-50 below has {whole['snr_db']:.1f} dB" in text
+    assert len(found["kept"]) == 7
+    assert whole["nodes"] == 71
+    assert f"make it {found['snr_db']:.1f}" in text
+    assert f"still {1 / found['latency_ratio_onnxruntime']:.1f} times as fast" in text
 
 
 def test_the_example_runs(tmp_path: Path) -> None:
