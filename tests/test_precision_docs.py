@@ -81,6 +81,15 @@ def test_figures_in_the_text_are_those_of_the_results() -> None:
     assert f"still {1 / found['latency_ratio_onnxruntime']:.1f} times as fast" in text
 
 
+def test_the_speed_of_calibration_is_that_of_the_results() -> None:
+    path = ROOT / "benchmarks" / "results" / "calibration-epyc-2core.json"
+    ratios = {name: one["ratio"] for name, one in json.loads(path.read_text())["networks"].items()}
+    assert min(ratios.values()) >= 20
+    text = " ".join(PAGE.split())
+    assert f"{ratios['digits']:.0f} times faster on the digits" in text
+    assert f"{ratios['mobile']:.0f} times on a MobileNet-like network" in text
+
+
 def test_the_example_runs(tmp_path: Path) -> None:
     code = re.search(r"```python\n(.*?)```", PAGE, re.S)
     assert code
