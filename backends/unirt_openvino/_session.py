@@ -224,14 +224,15 @@ class _Slot:
 
     def _renew(self, shape: tuple[int, ...]) -> None:
         # Never by resizing: that writes beyond, and frees, memory that was lent.
+        self._shape = None  # a Ctrl-C may come at any line below: then it is renewed again
         openvino = import_openvino()
         own = openvino.Tensor(self._port.element, openvino.Shape(shape))
         self._request.set_input_tensor(self._port.index, own)
         self._adopt(own, shape)
 
     def _adopt(self, own: Any, shape: tuple[int, ...]) -> None:
-        self._own, self._shape = own, shape
-        self._view = self._see(own)
+        self._own, self._view = own, self._see(own)
+        self._shape = shape
 
     def _see(self, own: Any) -> Any:
         return own.data.view(self._port.dtype)

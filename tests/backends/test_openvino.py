@@ -676,3 +676,24 @@ def test_a_slow_first_run_is_not_in_the_time_of_a_layer() -> None:
     times = measure(request.run, request.counters)
     assert set(times) == {"conv"}
     assert times["conv"] == pytest.approx(200e-6, abs=2e-6)
+
+
+def test_an_interrupt_while_an_input_changes_its_shape_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from unirt_openvino import _session
+
+    see, case, interrupts = _session._Slot._see, NETWORKS["affine"], [KeyboardInterrupt()]
+
+    def interrupted(slot: Any, own: Any) -> Any:
+        if interrupts:
+            raise interrupts.pop()
+        return see(slot, own)
+
+    with unirt.load(case.model(["onnx"]), "openvino") as session:
+        case.check(case.sample(2, 0), session.run(case.sample(2, 0)))
+        monkeypatch.setattr(_session._Slot, "_see", interrupted)
+        inputs = case.sample(3, 1)
+        with pytest.raises(KeyboardInterrupt):
+            session.run(inputs)
+        case.check(inputs, session.run(inputs))
