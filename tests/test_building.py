@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import sys
@@ -383,21 +382,6 @@ IMAGES = [image[None] for image in TEST["image"][:40]]
 @pytest.fixture(scope="module")
 def found() -> precision.Calibration:
     return precision.calibrate(DIGITS, {"image": TEST["image"][:40]}, method="max")
-
-
-@pytest.fixture
-def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A number for each time that anybody calibrates."""
-    counted: list[int] = []
-    calibrate: Any = importlib.import_module("unirt.precision.calibration.calibrate")
-    real = calibrate.observe_with
-
-    def count(*given: Any) -> Any:
-        counted.append(1)
-        return real(*given)
-
-    monkeypatch.setattr(calibrate, "observe_with", count)
-    return counted
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import sys
@@ -385,21 +384,6 @@ def test_nan_and_inf_fail_by_every_measure(kind: str, wrong: float, share: int) 
 
 
 # --- quantized on the way ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A number for each time that anybody calibrates."""
-    counted: list[int] = []
-    calibrate: Any = importlib.import_module("unirt.precision.calibration.calibrate")
-    real = calibrate.observe_with
-
-    def count(*given: Any) -> Any:
-        counted.append(1)
-        return real(*given)
-
-    monkeypatch.setattr(calibrate, "observe_with", count)
-    return counted
 
 
 def test_all_are_quantized_from_one_calibration_on_the_data(calibrations: list[int]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from unirt import OptionError, Options, option
-from unirt.loading import backends
+from unirt.candidates import backends
 
 
 @dataclass(frozen=True)

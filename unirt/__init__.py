@@ -19,6 +19,7 @@ from unirt.backend import (
     SupportsInspection,
     SupportsSave,
 )
+from unirt.candidates import backends, devices, select
 from unirt.devices import host_devices
 from unirt.errors import (
     BackendError,
@@ -37,7 +38,7 @@ from unirt.errors import (
     UnirtError,
 )
 from unirt.inspection import EngineReport, Layer, LayerTensor
-from unirt.loading import Attempt, Decision, backends, build, devices, load, select
+from unirt.loading import Attempt, Decision, build, load
 from unirt.model import Model, ModelFile
 from unirt.options import Options, option
 from unirt.plugins import Plugin, hookimpl

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from unirt import plugins
 from unirt.arrays import admit
 from unirt.backend import Engine, Progress
-from unirt.candidates import Candidates, backend_of, backends, devices, listed, select
+from unirt.candidates import Candidates, backend_of, listed, select
 from unirt.derivation import CalibrationSource, Ranges, derived
 from unirt.errors import (
     BackendError,
@@ -28,19 +28,6 @@ from unirt.selector import Selection
 from unirt.session import Session
 from unirt.shapes import ShapeProfile, checked
 from unirt.types import Candidate
-
-__all__ = [
-    "Attempt",
-    "Candidates",
-    "Decision",
-    "OptionValues",
-    "backends",
-    "build",
-    "compiled",
-    "devices",
-    "load",
-    "select",
-]
 
 OptionValues = Mapping[str, object] | Options
 

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from unirt.candidates import backends
+from unirt.candidates import devices as found_devices
 from unirt.cli.arguments import Debug, Json
 from unirt.cli.outcome import NOTHING, OK, reporting
 from unirt.cli.terminal import (
@@ -25,8 +27,6 @@ from unirt.cli.terminal import (
     waiting,
 )
 from unirt.devices import nvidia_status
-from unirt.loading import backends
-from unirt.loading import devices as found_devices
 from unirt.plugins import Plugin
 from unirt.types import Device
 

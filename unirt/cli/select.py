@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from unirt.candidates import select as rank_candidates
 from unirt.cli.arguments import (
     Beside,
     Debug,
@@ -20,7 +21,6 @@ from unirt.cli.arguments import (
 )
 from unirt.cli.outcome import NOTHING, OK, reporting
 from unirt.cli.terminal import Column, print_heading, print_pairs, print_table, stdout, waiting
-from unirt.loading import select as rank_candidates
 from unirt.selector import Selection
 
 

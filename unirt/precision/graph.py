@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
-
-from unirt.errors import OptionError
 
 if TYPE_CHECKING:
     import onnx
@@ -99,42 +96,6 @@ def main_names(graph: onnx.GraphProto) -> frozenset[str]:
     names = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
     names.update(name for node in graph.node for name in node.output if name)
     return frozenset(names)
-
-
-def check_names(names: Iterable[str], known: Iterable[str], what: str = "tensor") -> None:
-    """Raises OptionError for the first name that is not known, with the nearest one that is."""
-    known = set(known)
-    for name in names:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(str(name), known, n=1)
-        raise OptionError(
-            f"There is no {what} {name!r} in the network.",
-            f"Its main graph has {len(known)} others.",
-            f"Did you mean {near[0]!r}?" if near else "Look its names up in the ONNX graph.",
-            name=name,
-        )
-
-
-def check_nodes(option: str, given: Collection[str], nodes: Iterable[onnx.NodeProto]) -> None:
-    """Raises OptionError unless there are nodes of these names."""
-    if isinstance(given, str):
-        raise OptionError(
-            f"{option}={given!r} is no collection of names.",
-            "It names several nodes.",
-            f"Write {option}=[{given!r}].",
-        )
-    names = [node.name for node in nodes]
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], names, n=1)
-        raise OptionError(
-            f"{option} names {unknown[0]!r}, and the graph has no such node.",
-            f"Its main graph has {len(names):,} nodes.",
-            f"Did you mean {near[0]!r}?" if near else "Look at the names of its nodes.",
-            option=option,
-            unknown=unknown,
-        )
 
 
 def infer_types(model: onnx.ModelProto) -> dict[str, int]:

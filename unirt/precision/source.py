@@ -64,11 +64,13 @@ def tensor_types(proto: onnx.ModelProto, name: str) -> dict[str, int]:
         ) from error
 
 
-def drop_weight_inputs(proto: onnx.ModelProto) -> None:
-    """Before IR version 4 each weight was listed as an input too; now that means something else."""
-    if proto.ir_version >= 4:
+def drop_weight_inputs(proto: onnx.ModelProto, *, always: bool = False) -> None:
+    """Before IR version 4 each weight was listed as an input too. Now that makes it one that may
+    be fed, which UniRT never does: `always` drops those as well.
+    """
+    if proto.ir_version >= 4 and not always:
         return
-    proto.ir_version = 4
+    proto.ir_version = max(proto.ir_version, 4)
     weights = {tensor.name for tensor in proto.graph.initializer}
     inputs = [value for value in proto.graph.input if value.name not in weights]
     del proto.graph.input[:]

@@ -8,7 +8,6 @@ rarely under some 256 input and output channels. Other engines compute a pruned 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,6 +21,7 @@ import numpy as np
 from unirt.errors import ModelError, OptionError
 from unirt.model import Model, ModelSource
 from unirt.precision.graph import all_nodes, captured, name_nodes, subgraphs
+from unirt.precision.names import nearest
 from unirt.precision.source import find_onnx, read_graph
 
 if TYPE_CHECKING:
@@ -600,10 +600,9 @@ def _check_names(graph: _Graph, option: str, given: Collection[str]) -> None:
     names = [layer.name for layer in graph.layers]
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
             raise OptionError(
                 f"{option} names the node {name!r}, which is no layer of the model.",
                 f"2:4 sparsity is about nodes of {', '.join(sorted(LAYERS))} outside of subgraphs.",
-                f"Did you mean {near[0]!r}?" if near else "Call check_sparsity() to see them.",
+                nearest(name, names, "Call check_sparsity() to see them."),
                 node=name,
             )

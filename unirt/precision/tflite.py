@@ -27,7 +27,7 @@ from unirt.formats.tflite_file import (
     operator_name,
 )
 from unirt.model import Model, ModelFile
-from unirt.precision.graph import check_names
+from unirt.precision.names import check_names
 from unirt.session import Session
 from unirt.types import Array, Candidate
 
@@ -112,7 +112,7 @@ def read_graphs(data: bytes, name: str) -> tuple[TFLiteGraph, ...]:
         return tuple(_graph(table, kinds, filled) for table in model.tables(ModelFields.SUBGRAPHS))
     except FlatBufferError as error:
         raise ModelError(
-            f"{name} is damaged.", f"{sentence(str(error))}", "Fetch or convert the model again."
+            f"{name} is damaged.", sentence(str(error)), "Fetch or convert the model again."
         ) from error
 
 

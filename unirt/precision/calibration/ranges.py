@@ -14,9 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
-from unirt.errors import DataError, ModelError, OptionError
+from unirt.errors import DataError, ModelError, OptionError, sentence
 from unirt.model import Model, ModelSource
-from unirt.precision.graph import check_names
+from unirt.precision.names import check_names
 from unirt.precision.source import graph_names
 
 FORMAT: Final = "unirt-calibration"
@@ -324,7 +324,7 @@ class _Reader:
     def _wrong(self, why: str) -> DataError:
         return DataError(
             f"{self._path.name} is no calibration that can be used.",
-            f"{why[0].upper()}{why[1:]}{'' if why.endswith('.') else '.'}",
+            sentence(why),
             "Calibrate again, and save; a file of a newer UniRT needs that version.",
             path=self._path,
         )

@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from unirt import plugins
 from unirt.backend import Backend
 from unirt.data import Feed
-from unirt.errors import BackendUnavailable, ModelError, NoBackend, OptionError, sentence
+from unirt.errors import ModelError, OptionError
 from unirt.model import Model, ModelFile
+from unirt.precision.engines import first_engine, named_engine
 from unirt.precision.graph import (
     FLOAT,
     all_nodes,
     captured,
-    check_names,
     main_names,
     tensor_names,
 )
+from unirt.precision.names import check_names
 from unirt.precision.source import find_onnx, read_graph, tensor_types
 from unirt.session import Session
-from unirt.types import Candidate
 
 if TYPE_CHECKING:
     import onnx
@@ -174,43 +173,12 @@ def choose_engine(engine: str | None) -> tuple[Backend, str]:
     Raises CandidateError, OptionError, NoBackend, BackendUnavailable.
     """
     if engine is not None:
-        return _named_engine(Candidate.parse(engine))
-    reasons = {}
-    for name in ENGINES:
-        plugin = plugins.plugin(name)
-        if plugin is None:
-            reasons[name] = "no plugin brings it"
-        elif plugin.backend is not None and plugin.availability.available:
-            return plugin.backend, "cpu"
-        else:
-            reasons[name] = plugin.availability.reason
-    raise NoBackend(
-        "No engine is here to calibrate with.",
-        "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".",
-        "pip install 'unirt[onnxruntime]'",
-        reasons=reasons,
+        return named_engine(
+            engine, "Calibration cannot run", "It observes the float32 graph as it is."
+        )
+    return first_engine(
+        ENGINES, "No engine is here to calibrate with.", "pip install 'unirt[onnxruntime]'"
     )
-
-
-def _named_engine(candidate: Candidate) -> tuple[Backend, str]:
-    if candidate.precision is not None:
-        raise OptionError(
-            f"Calibration cannot run on {candidate}.",
-            "It observes the float32 graph as it is.",
-            f"Name the engine without a precision: {candidate.backend}.",
-            engine=str(candidate),
-        )
-    plugin = plugins.plugin(candidate.backend)
-    if plugin is None or plugin.backend is None:
-        raise BackendUnavailable(
-            f"Calibration cannot run on {candidate}.",
-            sentence(plugin.failure)
-            if plugin is not None
-            else f"There is no such backend; plugins bring {', '.join(plugins.names())}.",
-            "Leave `engine` out, and one that is here is taken.",
-            backend=candidate.backend,
-        )
-    return plugin.backend, candidate.device or "cpu"
 
 
 class Watcher:

@@ -13,7 +13,8 @@ from unirt.precision.calibration.calibrate import CalibrationData, observe
 from unirt.precision.casting.plan import make_plan
 from unirt.precision.casting.rewrite import Rewriter
 from unirt.precision.casting.weights import LOWS
-from unirt.precision.graph import check_nodes, name_nodes
+from unirt.precision.graph import name_nodes
+from unirt.precision.names import check_nodes
 from unirt.precision.source import (
     LIMIT,
     check_size,

@@ -12,7 +12,7 @@ from unirt.errors import ModelError, OptionError
 from unirt.model import Model, ModelSource
 from unirt.precision.calibration.calibrate import CalibrationData
 from unirt.precision.calibration.ranges import Calibration
-from unirt.precision.graph import check_names
+from unirt.precision.names import check_names
 from unirt.precision.partial.trial import Measured, Progress, Trial
 from unirt.precision.quantization.quantize import Precision, Quantized, quantize
 from unirt.precision.quantization.recipes import TENSORRT, Recipe

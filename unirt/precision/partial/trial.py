@@ -12,17 +12,17 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from unirt import plugins
 from unirt.accuracy import ErrorMeter, OutputError, classification_output, json_number, top1
 from unirt.accuracy import mismatch as find_mismatch
 from unirt.arrays import admit, describe
 from unirt.backend import Backend
 from unirt.data import Feed, Samples, load_samples
-from unirt.errors import BackendUnavailable, DataError, NoBackend, OptionError, sentence
+from unirt.errors import DataError, OptionError
 from unirt.model import Model
 from unirt.precision.calibration.calibrate import CalibrationData
+from unirt.precision.engines import first_engine, named_engine
 from unirt.session import Session
-from unirt.types import Array, Candidate, TensorSpec
+from unirt.types import Array, TensorSpec
 
 Progress: TypeAlias = Callable[[str, float], None]
 """Told what is being measured, and the share of all that is done, 0 to 1."""
@@ -289,44 +289,22 @@ def _chosen(
 ) -> tuple[Backend, str, Mapping[str, object]]:
     """The backend, device and options to measure with: those named, or the first of EXACT."""
     if engine is not None:
-        candidate = Candidate.parse(engine)
-        plugin = plugins.plugin(candidate.backend)
-        if candidate.precision is not None:
-            raise OptionError(
-                f"Graphs cannot be measured on {candidate}.",
-                "They are measured as they are, and say themselves what is computed how.",
-                f"Name the engine without a precision: {candidate.backend}.",
-                engine=str(candidate),
-            )
-        if plugin is None or plugin.backend is None:
-            raise BackendUnavailable(
-                f"Graphs cannot be measured on {candidate}.",
-                sentence(plugin.failure)
-                if plugin is not None
-                else f"There is no such backend; plugins bring {', '.join(plugins.names())}.",
-                "Leave `engine` out, and one that is here is taken.",
-                backend=candidate.backend,
-            )
-        own = EXACT.get(candidate.backend, {}) if options is None else options
-        return plugin.backend, candidate.device or "cpu", own
+        backend, device = named_engine(
+            engine,
+            "Graphs cannot be measured",
+            "They are measured as they are, and say themselves what is computed how.",
+        )
+        own = EXACT.get(backend.name, {}) if options is None else options
+        return backend, device, own
     if options is not None:
         raise OptionError(
             "There are options, and no engine that they are for.",
             "Options differ from engine to engine.",
             "Name the engine too, for example engine='onnxruntime'.",
         )
-    reasons = {}
-    for name, own in EXACT.items():
-        plugin = plugins.plugin(name)
-        if plugin is None:
-            reasons[name] = "no plugin brings it"
-        elif plugin.backend is not None and plugin.availability.available:
-            return plugin.backend, "cpu", own
-        else:
-            reasons[name] = plugin.availability.reason
-    raise NoBackend(
+    backend, device = first_engine(
+        EXACT,
         "No engine is here that computes quantized graphs exactly as they are written.",
-        "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".",
         "pip install 'unirt[onnxruntime]', or name another engine.",
-        reasons=reasons,
     )
+    return backend, device, EXACT[backend.name]

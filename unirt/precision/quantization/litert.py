@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import io
 import math
@@ -28,6 +27,7 @@ from unirt.model import Model, ModelSource
 from unirt.precision.calibration.calibrate import CalibrationData, observe_with
 from unirt.precision.calibration.histogram import PERCENTILE, Method, check_method
 from unirt.precision.calibration.ranges import Calibration, Range
+from unirt.precision.names import check_option, nearest
 from unirt.precision.quantization.placement import BY_HAND
 from unirt.precision.tflite import (
     PRODUCTS,
@@ -106,7 +106,8 @@ def quantize_tflite(
         refuse_quantized(graph, whole.name, "Quantize")
     _refuse_twins(graphs, whole.name)
     main = graphs[0]
-    keep = _checked_names(keep, main)
+    _check_keep(keep, main)
+    keep = tuple(keep)
     vendor = _quantizer()
     # LiteRT verifies the file, which ai-edge-quantizer would parse without.
     source = Model(content, name=whole.name)
@@ -194,11 +195,10 @@ def _runs(model: Model, graph: TFLiteGraph) -> bool:
 
 def _check(precision: str, data: object, calibration: object) -> None:
     if precision not in TFLITE_PRECISIONS:
-        near = difflib.get_close_matches(str(precision), TFLITE_PRECISIONS, n=1)
         raise OptionError(
             f"{precision!r} is no precision to quantize a .tflite to.",
             f"It is quantized to {', '.join(TFLITE_PRECISIONS)}.",
-            f"Did you mean {near[0]!r}?" if near else "Choose one of them.",
+            nearest(str(precision), TFLITE_PRECISIONS, "Choose one of them."),
             precision=precision,
         )
     if data is not None and calibration is not None:
@@ -209,25 +209,17 @@ def _check(precision: str, data: object, calibration: object) -> None:
         )
 
 
-def _checked_names(keep: Collection[str], graph: TFLiteGraph) -> tuple[str, ...]:
-    if isinstance(keep, str):
-        raise OptionError(
-            f"keep={keep!r} is no collection of names.",
-            "It names several operators.",
-            f"Write keep=[{keep!r}].",
-        )
+def _check_keep(keep: Collection[str], graph: TFLiteGraph) -> None:
     names = [operator.name for operator in graph.operators]
-    unknown = sorted(set(keep) - set(names))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], names, n=1)
-        raise OptionError(
-            f"keep names {unknown[0]!r}, and no operator gives such a tensor.",
-            f"The main graph has {len(names):,} operators, named by their first output.",
-            f"Did you mean {near[0]!r}?" if near else "Look at the names of its tensors.",
-            option="keep",
-            unknown=unknown,
-        )
-    return tuple(keep)
+    check_option(
+        "keep",
+        keep,
+        names,
+        "operators",
+        "no operator gives such a tensor",
+        f"The main graph has {len(names):,} operators, named by their first output.",
+        "Look at the names of its tensors.",
+    )
 
 
 def _refuse_twins(graphs: tuple[TFLiteGraph, ...], name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 from unirt.errors import DataError, ModelError, OptionError
 from unirt.model import Model, ModelSource
 from unirt.precision.calibration.ranges import Calibration, Range
-from unirt.precision.graph import all_nodes, check_nodes
+from unirt.precision.graph import all_nodes
+from unirt.precision.names import check_nodes, nearest
 from unirt.precision.quantization.placement import (
     BY_HAND,
     Choice,
@@ -23,7 +23,7 @@ from unirt.precision.quantization.placement import (
 from unirt.precision.quantization.prepare import Graph, fold, join_biases, raise_opset
 from unirt.precision.quantization.qdq import FP8, INT4, INT8, UINT8, write
 from unirt.precision.quantization.recipes import TENSORRT, Recipe, find_recipe
-from unirt.precision.source import check_size, find_onnx, read_graph
+from unirt.precision.source import check_size, drop_weight_inputs, find_onnx, read_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -92,7 +92,7 @@ def quantize(
     weights_only = precision.endswith("-weights")
     proto = read_graph(file, "quantized")
     _check_graph(proto, source.name)
-    _drop_weight_inputs(proto)
+    drop_weight_inputs(proto, always=True)
     ranges, notes = ({}, []) if weights_only else _ranges(calibration, source, precision)
     needed = max(_OPSETS[precision], _BLOCKED_OPSET if block else 0)
     proto = raise_opset(proto, needed, source.name)
@@ -138,11 +138,10 @@ def quantize(
 def _checked(precision: str, recipe: Recipe, block: int | None) -> int | None:
     """The block size to use, None for none."""
     if precision not in PRECISIONS:
-        near = difflib.get_close_matches(str(precision), PRECISIONS, n=1)
         raise OptionError(
             f"{precision!r} is no precision to quantize to.",
             f"A graph is quantized to {', '.join(PRECISIONS)}; cast goes to fp16 and bf16.",
-            f"Did you mean {near[0]!r}?" if near else "Choose one of them.",
+            nearest(str(precision), PRECISIONS, "Choose one of them."),
             precision=precision,
         )
     if precision not in recipe.precisions:
@@ -197,15 +196,6 @@ def _check_graph(proto: onnx.ModelProto, name: str) -> None:
             "Quantize the float32 network; cast the result to fp16 where that helps.",
             tensor=halves[0],
         )
-
-
-def _drop_weight_inputs(proto: onnx.ModelProto) -> None:
-    """Weights that are listed as inputs too are constants for UniRT, which never feeds them."""
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    inputs = [value for value in proto.graph.input if value.name not in weights]
-    del proto.graph.input[:]
-    proto.graph.input.extend(inputs)
-    proto.ir_version = max(proto.ir_version, 4)
 
 
 def _choice(graph: Graph, keep: Collection[str], only: Collection[str] | None) -> Choice:

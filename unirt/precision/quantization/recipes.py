@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal
 
 from unirt.errors import OptionError
+from unirt.precision.names import nearest
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,12 @@ CPU: Final = Recipe(
     integer_bias=True,
     matrix_vector=True,
 )
-CPU_VNNI: Final = Recipe(
-    "cpu-vnni",
-    "VNNI, AMX and Arm's dot products add uint8 times int8 in int32, so weights have all 8 bits.",
-    CPU.precisions,
-    CPU.operators,
-    asymmetric=True,
-    residual="both",
-    outputs=True,
-    integer_bias=True,
-    matrix_vector=True,
+CPU_VNNI: Final = replace(
+    CPU,
+    name="cpu-vnni",
+    why="VNNI, AMX and Arm's dot products add uint8 times int8 in int32, so weights have all 8 "
+    "bits.",
+    pair_limit=None,
 )
 
 LITERT: Final = Recipe(
@@ -128,10 +124,9 @@ def find_recipe(recipe: str | Recipe) -> Recipe:
         return recipe
     if recipe in RECIPES:
         return RECIPES[recipe]
-    near = difflib.get_close_matches(str(recipe), RECIPES, n=1)
     raise OptionError(
         f"There is no recipe {recipe!r}.",
         f"A graph is quantized by one of {', '.join(RECIPES)}.",
-        f"Did you mean {near[0]!r}?" if near else "Choose one of them, or pass a Recipe.",
+        nearest(str(recipe), RECIPES, "Choose one of them, or pass a Recipe."),
         recipe=recipe,
     )
