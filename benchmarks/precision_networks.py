@@ -390,7 +390,7 @@ def _transformer(name: str, batch: int, samples: int) -> Network:
 
 
 def _mlp(name: str, batch: int, samples: int) -> Network:
-    rows, width = 64 * batch, 4096
+    rows, width = (512 if name == "mlp-large" else 64) * batch, 4096
     proto = mlp_onnx(rows, width)
     calls = [
         {"x": np.random.default_rng(seed).standard_normal((rows, width), dtype=np.float32)}
@@ -452,6 +452,7 @@ NETWORKS: Final[Mapping[str, Callable[[str, int, int], Network]]] = {
     "mobilenetv2": pictures,
     "transformer": _transformer,
     "mlp": _mlp,
+    "mlp-large": _mlp,
 }
 
 

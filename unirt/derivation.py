@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from unirt.backend import Backend
 from unirt.data import Samples
 from unirt.devices import host_devices
-from unirt.errors import BackendUnavailable, DataError, OptionError, UnirtError, sentence
+from unirt.errors import (
+    BackendUnavailable,
+    DataError,
+    ModelError,
+    OptionError,
+    UnirtError,
+    sentence,
+)
 from unirt.model import Model, ModelFile
 from unirt.types import Candidate, Device
 
@@ -65,7 +72,8 @@ class Ranges:
 
     It was given, or is made of the data when the first candidate needs it; if that fails, then for
     every candidate. The tensors of a .tflite are others than those of the ONNX graph, so that it
-    has a calibration of its own, of the same data. `used` are those that served, by format.
+    has a calibration of its own, of the same data. `used` are those that served, by format, and
+    `seen` all that values were, so far as it is known.
     """
 
     def __init__(
@@ -77,6 +85,7 @@ class Ranges:
         """Raises DataError for a file that holds no calibration, OptionError for what is none."""
         self.given = None if given is None else _calibration(given)
         self.used: dict[str, Calibration] = {}
+        self.seen: dict[str, Calibration] = {}
         self._model, self._data = model, data
         self._errors: dict[str, UnirtError] = {}
 
@@ -92,21 +101,22 @@ class Ranges:
         if kind not in self.used:
             own = kind == "onnx" or not self._data
             if self.given is not None and (own or self.given.model == file.hash):
-                self.used[kind] = self.given
+                self.used[kind] = self.seen[kind] = self.given
             elif self._data:
-                self.used[kind] = self._calibrated(kind)
+                self._calibrate(kind)
             else:
                 raise self._missing(candidate)
         return self.used[kind]
 
-    def _calibrated(self, kind: str) -> Calibration:
+    def _calibrate(self, kind: str) -> None:
         from unirt.precision.calibration.calibrate import observe_with
         from unirt.precision.calibration.watch import Watcher
         from unirt.precision.tflite import TFLiteWatcher
 
         watch = TFLiteWatcher if kind == "tflite" else Watcher
         try:
-            return observe_with(watch, self._model, self._data).calibration()
+            observed = observe_with(watch, self._model, self._data)
+            self.used[kind], self.seen[kind] = observed.calibration(), observed.calibration("max")
         except UnirtError as error:
             self._errors[kind] = error
             raise
@@ -138,6 +148,14 @@ def _calibration(given: CalibrationSource) -> Calibration:
     )
 
 
+def _content(calibration: Calibration | None) -> object:
+    """All of it that can change a graph."""
+    if calibration is None:
+        return None
+    ends = sorted((name, one.low, one.high) for name, one in calibration.ranges.items())
+    return [calibration.method, calibration.samples, calibration.model, calibration.notes, ends]
+
+
 def told_ranges(calibration: Calibration) -> str:
     """By which method, and of how many samples where there were some."""
     count = calibration.samples
@@ -146,30 +164,36 @@ def told_ranges(calibration: Calibration) -> str:
 
 
 class Quantization:
-    """How a graph is quantized for a target, and, once an engine has read it, what came of it."""
+    """How a graph is quantized for a target, and, once an engine has read it, what came of it.
+
+    `seen` has the ranges of all values; where they leave that of the recipe's `rest`, nodes stay in
+    float32.
+    """
 
     def __init__(
-        self, model: Model, precision: str, recipe: Recipe, calibration: Calibration | None
+        self,
+        model: Model,
+        precision: str,
+        recipe: Recipe,
+        calibration: Calibration | None = None,
+        seen: Calibration | None = None,
     ) -> None:
-        self._model, self._precision = model, precision
-        self._recipe, self._calibration = recipe, calibration
+        self._model, self._precision, self._recipe = model, precision, recipe
+        self._calibration, self._seen = calibration, seen
         self._nodes: int | None = None
         self._kept: Mapping[str, str] | None = None
 
     @property
     def how(self) -> str:
         """Names the transform: equal only where the same graph comes out of the same model."""
-        ranges = self._calibration
-        content: object = None
-        if ranges is not None:
-            ends = sorted((name, one.low, one.high) for name, one in ranges.ranges.items())
-            content = [ranges.method, ranges.samples, ranges.model, ranges.notes, ends]
-        told = json.dumps([self._precision, repr(self._recipe), content])
+        known = [_content(self._calibration), _content(self._seen)]
+        told = json.dumps([self._precision, repr(self._recipe), *known])
         return f"quantized by {hashlib.sha256(told.encode()).hexdigest()}"
 
     def make(self) -> tuple[bytes, tuple[str, ...]]:
         """The graph, and sentences on it."""
         from unirt import precision
+        from unirt.precision.casting.plan import SCALES
         from unirt.precision.quantization.recipes import LITERT
 
         wanted: Any = QUANTIZATIONS[self._precision]
@@ -179,7 +203,17 @@ class Quantization:
         else:
             done = precision.quantize(self._model, self._calibration, wanted, self._recipe)
         self._nodes, self._kept = len(done.nodes), done.kept
-        return done.model.primary.read(), self._notes(done)
+        notes = self._notes(done)
+        rest = self._recipe.rest
+        if rest == "fp32":
+            return done.model.primary.read(), notes
+        try:
+            cast = precision.cast(done.model, rest, ranges=self._seen)
+        except ModelError:  # nothing is left to cast
+            return done.model.primary.read(), notes
+        wide = {name: why for name, why in cast.kept.items() if why != SCALES}
+        told = f"what is not quantized was cast to {rest}"
+        return cast.model.primary.read(), (*notes, told, *cast.notes, *_kept(wide))
 
     def to_dict(self) -> dict[str, object]:
         """`nodes` are how many compute in the precision, `kept` says of others why not; both None
@@ -189,6 +223,7 @@ class Quantization:
         return {
             "precision": self._precision,
             "recipe": self._recipe.name,
+            "rest": self._recipe.rest,
             "calibration": ranges and {"method": ranges.method, "samples": ranges.samples},
             "nodes": self._nodes,
             "kept": None if self._kept is None else dict(self._kept),
@@ -236,7 +271,8 @@ def derived(
         needed = candidate.precision not in WEIGHTS_ONLY
         calibration = ranges.for_candidate(candidate, file) if needed else None
         recipe = recipe_of(backend, device, file)
-        quantization = Quantization(model, candidate.precision, recipe, calibration)
+        seen = ranges.seen.get(file.format) if needed else None
+        quantization = Quantization(model, candidate.precision, recipe, calibration, seen)
         return Model.derived(file, quantization.make, quantization.how, model.name), quantization
     return model, None
 

@@ -269,16 +269,16 @@ def _session_options(onnxruntime: Any, options: OnnxRuntimeOptions, careful: boo
         "layout": level.ORT_ENABLE_LAYOUT,
         "all": level.ORT_ENABLE_ALL,
     }["basic" if careful and options.optimization != "disable" else options.optimization]
-    if careful:
-        settings.add_session_config_entry("session.disable_quant_qdq", "1")
     settings.enable_cpu_mem_arena = options.memory_arena
     settings.use_deterministic_compute = options.deterministic
+    entries = {"session.record_ep_graph_assignment_info": "1"}
+    if careful:
+        entries["session.disable_quant_qdq"] = "1"
     if options.spin is not None:
         value = "1" if options.spin else "0"
-        settings.add_session_config_entry("session.intra_op.allow_spinning", value)
-        settings.add_session_config_entry("session.inter_op.allow_spinning", value)
-    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    for key, value in options.config.items():
+        entries["session.intra_op.allow_spinning"] = value
+        entries["session.inter_op.allow_spinning"] = value
+    for key, value in (entries | dict(options.config)).items():  # set twice, one is warned of
         settings.add_session_config_entry(key, value)
     return settings
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
@@ -31,11 +31,13 @@ from unirt.cli.terminal import (
     waiting,
 )
 from unirt.devices import host_devices
-from unirt.errors import BackendUnavailable, OptionError
+from unirt.errors import BackendUnavailable, ModelError, OptionError
 from unirt.model import Model
 from unirt.precision.calibration.calibrate import observe
 from unirt.precision.calibration.histogram import PERCENTILE, Method
 from unirt.precision.calibration.ranges import Calibration, RangeLike
+from unirt.precision.casting.cast import cast
+from unirt.precision.casting.plan import SCALES
 from unirt.precision.partial.measure import Sensitivity
 from unirt.precision.partial.search import Budget, Search, search
 from unirt.precision.partial.trial import Measured, Trial
@@ -66,6 +68,7 @@ class _Made:
     samples: int = 0
     search: Search | None = None
     budgeted: Sequence[str] = field(default=())
+    rest: str = "fp32"
 
 
 def quantize(
@@ -108,6 +111,14 @@ def quantize(
             metavar="CANDIDATE",
             help="The engine that shall run it, instead of --recipe.",
             autocompletion=complete_candidate,
+        ),
+    ] = None,
+    rest: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None,
+        typer.Option(
+            "--rest",
+            help="What all nodes that are not quantized compute in. Default: fp32, or what the "
+            "engine that --for names wants.",
         ),
     ] = None,
     method: Annotated[
@@ -181,6 +192,7 @@ def quantize(
         budget = Budget(*limits) if any(one is not None for one in limits) else None
         check_out(out, opened, f".{opened.primary.format}")
         chosen = _recipe(opened, recipe, for_)
+        wanted_rest = _rest(opened, rest, chosen if for_ is not None else None)
         given = _ranges(range_)
         calibrating = data is not None and calibration is None and precision in _CALIBRATED
         _check_ranges(
@@ -201,15 +213,17 @@ def quantize(
                 "Whether a graph meets it, only samples tell.",
                 "Add --test FILE.npz, or --data.",
             )
-        ranges = None
+        ranges = seen = None
         if calibration is not None:
-            ranges = Calibration.load(calibration)
+            ranges = seen = Calibration.load(calibration)
         elif calibrating:
             assert data is not None
             with waiting(f"calibrating {opened.name}", as_json):
                 share = PERCENTILE if percentile is None else percentile
                 how = method or ("mse" if percentile is None else "percentile")
-                ranges = observe(opened, data).calibration(how, percentile=share)
+                observed = observe(opened, data)
+                ranges = observed.calibration(how, percentile=share)
+                seen = observed.calibration("max")
         if given:
             ranges = (
                 ranges.with_ranges(given)
@@ -253,7 +267,10 @@ def quantize(
                 done.model, done.precision, done.recipe, done.nodes, done.kept, list(done.notes)
             )
         made.calibration = ranges
-        if made.search is None and measured_on is not None:
+        if wanted_rest != "fp32":
+            with waiting(f"casting the rest to {wanted_rest}", as_json):
+                _cast_rest(made, wanted_rest, seen)
+        if measured_on is not None and (made.search is None or made.rest != "fp32"):
             with telling(as_json) as teller, Trial(opened, measured_on, engine) as trial:
                 made.measured = trial.measure(
                     made.model, lambda share: teller("measuring the quantized graph", share)
@@ -270,6 +287,8 @@ def quantize(
         if save_calibration is not None and ranges is not None:
             ranges.save(save_calibration)
         met = made.search is None or made.search.met
+        if budget is not None and met and made.rest != "fp32" and made.measured is not None:
+            met = not any(budget.excess(made.measured, made.accuracy))
         saved = save_whole(out, made.model.primary.read()) if met else None
         report.code = OK if met else NOTHING
         report.document = _document(opened, made, saved, save_calibration)
@@ -409,6 +428,33 @@ def _named(precision: str) -> Precision:
     return precision  # type: ignore[return-value]
 
 
+def _rest(model: Model, rest: str | None, target: str | None) -> str:
+    """What is not quantized computes in this; a target wants what its candidates get."""
+    if model.primary.format == "tflite":
+        if rest in (None, "fp32"):
+            return "fp32"
+        raise OptionError(
+            f"--rest {rest} does not go with {model.name}.",
+            "It is a .tflite, and only ONNX graphs are cast.",
+            "Leave it out, or give the network as ONNX.",
+        )
+    if rest is not None:
+        return rest
+    return "fp32" if target is None else find_recipe(target).rest
+
+
+def _cast_rest(made: _Made, rest: str, seen: Calibration | None) -> None:
+    try:
+        done = cast(made.model, rest, ranges=seen)  # type: ignore[arg-type]
+    except ModelError as error:
+        made.notes.append(f"Nothing was cast to {rest}: {error.why}")
+        return
+    made.model, made.rest = done.model, rest
+    made.notes += done.notes
+    wide = {name: why for name, why in done.kept.items() if why != SCALES}
+    made.notes += [f"{name!r} is not cast to {rest}: {why}" for name, why in wide.items()]
+
+
 def _tflite(model: Model, ranges: Calibration | None, precision: str, keep: Sequence[str]) -> _Made:
     done = quantize_tflite(
         model,
@@ -453,6 +499,7 @@ def _document(
         "model_hash": model.hash,
         "precision": made.precision,
         "recipe": made.recipe,
+        "rest": made.rest,
         "calibration": None
         if ranges is None
         else {
@@ -479,7 +526,8 @@ def _show(
 ) -> None:
     ranges = made.calibration
     pairs = [("model", f"{model.name} ({model.primary.format}), {size_text(model.size)}")]
-    pairs.append(("recipe", f"{made.recipe}, {made.precision}"))
+    rest = f", all else {made.rest}" if made.rest != "fp32" else ""
+    pairs.append(("recipe", f"{made.recipe}, {made.precision}{rest}"))
     if ranges is not None:
         pairs.append(("ranges", f"{ranges.method}, {plural(ranges.samples, 'sample')}"))
     if made.samples:
@@ -503,10 +551,10 @@ def _show(
     console.print()
     if made.search is not None:
         whole = made.search.table.whole
-        console.print(Text(f"All quantized: {cost_text(whole, made.accuracy)}"))
+        if made.budgeted or made.rest != "fp32":
+            console.print(Text(f"All quantized: {cost_text(whole, made.accuracy)}"))
     if made.measured is not None:
-        what = f"All but {len(made.budgeted)}" if made.search is not None else "Against float32"
-        console.print(Text(f"{what}: {cost_text(made.measured, made.accuracy)}"))
+        console.print(Text(f"{_which(made)}: {cost_text(made.measured, made.accuracy)}"))
     else:
         console.print(Text("What that costs was not measured: give --test FILE.npz."))
     if save_calibration is not None:
@@ -520,9 +568,19 @@ def _show(
         console.print(
             Text.assemble(
                 ("Nothing was saved: ", "bold red"),
-                "no graph met the budget; this one came nearest.",
+                f"cast to {made.rest}, it no longer meets the budget: --rest fp32 does."
+                if made.search is not None and made.search.met
+                else "no graph met the budget; this one came nearest.",
             )
         )
+
+
+def _which(made: _Made) -> str:
+    """The graph that was saved, as its cost is told."""
+    if made.search is None:
+        return "Against float32"
+    kept = f"All but {len(made.budgeted)}" if made.budgeted else "All quantized"
+    return kept if made.rest == "fp32" else f"{kept}, all else {made.rest}"
 
 
 def _show_sensitivity(console: Console, table: Sensitivity, made: _Made) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from unirt.errors import ModelError, OptionError
 from unirt.model import Model, ModelSource
 from unirt.precision.calibration.calibrate import CalibrationData, observe
+from unirt.precision.calibration.ranges import Calibration, Range
 from unirt.precision.casting.plan import make_plan
 from unirt.precision.casting.rewrite import Rewriter
 from unirt.precision.casting.weights import LOWS
@@ -23,6 +24,9 @@ from unirt.precision.source import (
     read_graph,
     tensor_types,
 )
+
+if TYPE_CHECKING:
+    import onnx
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def cast(
     *,
     keep_io: bool = True,
     data: CalibrationData | None = None,
+    ranges: Calibration | None = None,
     keep: Collection[str] = (),
 ) -> Cast:
     """The model with its float32 part in `precision`, held in memory.
@@ -58,10 +63,12 @@ def cast(
 
     With `data`, inputs as `unirt.precision.observe` takes them, the network is run, and nodes stay
     whose values come within a factor of two of the end of the range or are all too small for it.
+    `ranges` says the same without running anything: what `observe(...).calibration("max")` found,
+    for a network that was quantized since too.
 
     Raises ModelError if there is nothing to cast or the result exceeds 2 GiB, OptionError for
-    another precision or an unknown node, BackendUnavailable without the onnx package; with `data`
-    what `observe` raises.
+    another precision, an unknown node, or both data and ranges, BackendUnavailable without the onnx
+    package; with `data` what `observe` raises.
     """
     if precision not in LOWS:
         raise OptionError(
@@ -69,13 +76,21 @@ def cast(
             "A cast goes to a narrower float.",
             f"Choose from {', '.join(LOWS)}.",
         )
+    if data is not None and ranges is not None:
+        raise OptionError(
+            "There are both data and ranges.",
+            "Data is run to find the ranges that values have.",
+            "Give one of them.",
+        )
     source = Model.open(model)
     low = LOWS[precision]
     proto = read_graph(find_onnx(source, f"cast to {precision}"), "cast")
     name_nodes(proto.graph)
     check_nodes("keep", keep, proto.graph.node)
-    ranges = {} if data is None else observe(source, data).calibration("max").ranges
-    plan = make_plan(proto, tensor_types(proto, source.name), low, keep_io, ranges, keep)
+    if data is not None:
+        ranges = observe(source, data).calibration("max")
+    seen = {} if ranges is None else _seen(proto, ranges)
+    plan = make_plan(proto, tensor_types(proto, source.name), low, keep_io, seen, keep)
     kept = {
         node.name: verdict.reason
         for node, verdict in zip(proto.graph.node, plan.verdicts, strict=True)
@@ -96,3 +111,12 @@ def cast(
     check_size(proto, source.name, "the cast", LIMIT)
     result = Model(proto.SerializeToString(), name=source.name)
     return Cast(result, precision, MappingProxyType(kept), tuple(plan.notes))
+
+
+def _seen(proto: onnx.ModelProto, ranges: Calibration) -> dict[str, Range]:
+    """Ranges by tensor: Q/DQ pass on what they are given, under other names."""
+    seen = dict(ranges.ranges)
+    for node in proto.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] in seen:
+            seen[node.output[0]] = seen[node.input[0]]
+    return seen

@@ -20,9 +20,10 @@ from unirt.precision.graph import FLOAT, NOT_A_TENSOR, subgraphs
 if TYPE_CHECKING:
     import onnx
 
+SCALES: Final = "quantization keeps its scales in float32"
 _STAYING: Final[Mapping[str, str]] = {
-    "QuantizeLinear": "quantization keeps its scales in float32",
-    "DequantizeLinear": "quantization keeps its scales in float32",
+    "QuantizeLinear": SCALES,
+    "DequantizeLinear": SCALES,
     "BitCast": "it reads bits, not numbers",
     "Range": "it counts",
     "MeanVarianceNormalization": "ONNX defines it by float32 constants",

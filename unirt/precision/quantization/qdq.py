@@ -223,6 +223,10 @@ class _Writer:
         values = np.clip(array / spread, -kind.limit, kind.limit)
         if kind.number != _FP8:
             values = rounded(values, weight.axis, kind.limit)
+        turned = self._recipe.summed_last and _is_summed_first(weight, array)
+        if turned:
+            values, axis = values.T, 1 - axis
+            scale = scale.T
         small = self._graph.add_tensor(_tensor(f"{weight.name}__{kind.name}", values, kind.number))
         inputs = [small, self._graph.add(f"{weight.name}__scale", scale)]
         attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
@@ -234,9 +238,14 @@ class _Writer:
             attributes["block_size"] = self._block or 1
         made = self._graph.names.fresh(f"{weight.name}__dequantized")
         label = self._graph.node_names.fresh(f"{weight.name}__dequantize")
-        node = helper.make_node("DequantizeLinear", inputs, [made], label, **attributes)
-        self._before.setdefault(weight.node.name, []).append(node)
-        return made
+        before = self._before.setdefault(weight.node.name, [])
+        before.append(helper.make_node("DequantizeLinear", inputs, [made], label, **attributes))
+        if not turned:
+            return made
+        result = self._graph.names.fresh(f"{weight.name}__transposed")
+        label = self._graph.node_names.fresh(f"{weight.name}__transpose")
+        before.append(helper.make_node("Transpose", [made], [result], label, perm=[1, 0]))
+        return result
 
     # Activations
 
@@ -303,6 +312,11 @@ class _Writer:
             for name in node.output:
                 nodes += behind.get(name, [])
         self._graph.nodes = nodes
+
+
+def _is_summed_first(weight: Weight, array: Array) -> bool:
+    """Whether it is a matrix whose columns are the channels."""
+    return weight.node.op_type in ("Gemm", "MatMul") and array.ndim == 2 and weight.axis == 1
 
 
 def _pairs(weight: Weight, array: Array) -> Array:

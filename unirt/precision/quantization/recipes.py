@@ -29,6 +29,9 @@ class Recipe:
     `int8_operators`: where fewer operators than these have both operands in int8. `one_scale`: what
     comes behind a product is fused into it only where its weight has a single scale, so fp8 weights
     have one, which costs these little, and int8 weights where no bias stands in the way.
+    `summed_last`: matrices are stored with the axis that is summed over last, and turned behind
+    their Q/DQ, since only so kernels read small types fast. `rest` is what the target computes all
+    else in, once the graph is quantized: a candidate's graph is cast to it.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Recipe:
     matrix_vector: bool = False
     int8_operators: tuple[str, ...] | None = None
     one_scale: bool = False
+    summed_last: bool = False
+    rest: Literal["fp32", "fp16"] = "fp32"
 
     def of(self, precision: str) -> Recipe:
         """The recipe as it is for one precision."""
@@ -60,14 +65,17 @@ TENSORRT: Final = Recipe(
     ("int8", "fp8", *_WEIGHTS_ONLY),
     ("Conv", "ConvTranspose", "Gemm", "MatMul"),
     residual="skip",
+    rest="fp16",
 )
 TENSORRT_RTX: Final = replace(
     TENSORRT,
     name="tensorrt-rtx",
-    why=f"{TENSORRT.why} TensorRT for RTX 1.6 has no int8 convolution, and a product whose weights "
-    "have a scale for each channel gives float32, to be rounded by another kernel.",
+    why=f"{TENSORRT.why} TensorRT for RTX 1.6 has no int8 convolution, a product whose weights "
+    "have a scale for each channel gives float32, to be rounded by another kernel, and its fast "
+    "kernels of int8 and fp8 take weights with the summed axis last.",
     int8_operators=("Gemm", "MatMul"),
     one_scale=True,
+    summed_last=True,
 )
 CPU: Final = Recipe(
     "cpu",
