@@ -472,35 +472,39 @@ def test_an_output_that_is_quantized_keeps_its_name_and_its_readers() -> None:
         assert snr_db(run(result, feed, exactly=True), run(model, feed)) > 35
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_rtx_fuses_what_follows_into_products_whose_weights_have_one_scale(precision: Any) -> None:
+def test_rtx_fuses_what_follows_into_products_whose_weights_have_one_scale() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX builds these networks")
-    text, weight, shape = {
-        "int8": ("[one] a = MatMul (x, w)", values(256, 256), (64, 256)),
-        "fp8": (
-            "[one] a = Conv <pads = [1, 1, 1, 1]> (x, w)",
-            values(32, 32, 3, 3),
-            (2, 32, 8, 8),
-        ),
-    }[precision]
-    sizes = ",".join(map(str, shape))
-    again = text.replace("one", "two").replace("a =", "y =").replace("(x, w)", "(b, w)")
     model = graph(
-        f"net (float[{sizes}] x) => (float[{sizes}] y) {{ {text} [active] b = Relu (a) {again} }}",
-        {"w": weight},
+        """net (float[64,256] x) => (float[64,256] y) {
+            [one] a = MatMul (x, w) [active] b = Relu (a) [two] y = MatMul (b, w)
+        }""",
+        {"w": values(256, 256)},
     )
-    feed = {"x": values(*shape)}
+    feed = {"x": values(64, 256)}
     found = calibrate(model, [feed], method="max")
     fused = {}
     for recipe in ("tensorrt", "tensorrt-rtx"):
-        result = quantize(model, found, precision, recipe)
-        least = 30 if precision == "int8" else 20
-        assert snr_db(run(result, feed, exactly=True), run(model, feed)) > least
+        result = quantize(model, found, "int8", recipe)
+        assert snr_db(run(result, feed, exactly=True), run(model, feed)) > 30
         with unirt.build(result.model, "tensorrt@aot") as engine:
             products = [one for one in engine.inspect().layers if one.contracts]
         fused[recipe] = any({"one", "active"} <= {*product.nodes} for product in products)
     assert not fused["tensorrt"]
     assert fused["tensorrt-rtx"]
+
+
+def test_fp8_convolutions_have_a_scale_for_each_channel_where_matrices_have_one() -> None:
+    model = graph(
+        """net (float[2,8,4,4] x) => (float[2,16] y) {
+            [conv] a = Conv (x, w) [pool] b = GlobalAveragePool (a)
+            [flat] c = Flatten (b) [fc] y = Gemm (c, v)
+        }""",
+        {"w": values(16, 8, 1, 1), "v": values(16, 16)},
+    )
+    found = calibrate(model, [{"x": values(2, 8, 4, 4)}], method="max")
+    made = proto(quantize(model, found, "fp8", "tensorrt-rtx"))
+    scales = {name: array(made, f"{name}__scale").size for name in "wv"}
+    assert scales == {"w": 16, "v": 1}  # one for all makes TensorRT for RTX 1.6 answer wrongly
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "int8-weights", "int4-weights"])

@@ -121,7 +121,9 @@ class _Writer:
             or weight.blocked is not None
         ):
             return False
-        return self._weight_kind is FP8 or self._bias(weight.node, channels) is None
+        if self._weight_kind is FP8:
+            return weight.node.op_type in ("Gemm", "MatMul")
+        return self._bias(weight.node, channels) is None
 
     def _write_bias(self, node: onnx.NodeProto, scale: Array) -> None:
         """The bias as int32 in multiples of activation scale times weight scale, where it is one

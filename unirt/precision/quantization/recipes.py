@@ -27,8 +27,9 @@ class Recipe:
     target turns biases into int32 of scale activation times weight, which must not overflow.
     `matrix_vector`: also products with a single row or column, which read more than they compute.
     `int8_operators`: where fewer operators than these have both operands in int8. `one_scale`: what
-    comes behind a product is fused into it only where its weight has a single scale, so fp8 weights
-    have one, which costs these little, and int8 weights where no bias stands in the way.
+    comes behind a product is fused into it only where its weight has a single scale, so fp8
+    matrices have one, which costs these little, and int8 weights where no bias stands in the way.
+    Not so convolutions: TensorRT for RTX 1.6 answers wrongly where their fp8 weights have one.
     `summed_last`: matrices are stored with the axis that is summed over last, and turned behind
     their Q/DQ, since only so kernels read small types fast. `rest` is what the target computes all
     else in, once the graph is quantized: a candidate's graph is cast to it.
