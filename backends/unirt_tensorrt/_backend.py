@@ -154,8 +154,9 @@ class TensorRTBackend(Backend):
 
         content = file.read()
         graph = onnx.load_model_from_string(content)
-        prepared = _graph.prepare(graph, file.path.parent if file.path else None)
-        if prepared.repairs:
+        folder = file.path.parent if file.path else None
+        prepared = _graph.prepare(graph, folder, is_rtx=library.is_rtx)
+        if prepared.repairs or prepared.notes:
             graph = prepared.model
             content = graph.SerializeToString()
         for text in (*prepared.repairs, *prepared.warnings):
@@ -197,7 +198,7 @@ class TensorRTBackend(Backend):
                 report,
                 prepared.repairs,
                 (*warnings, *plan.warnings),
-                notes=file.notes,
+                notes=(*file.notes, *prepared.notes),
             )
             engine = TensorRTEngine(library, file, device, options, compiled, runtime)
             if options.builds == 1 or ahead:

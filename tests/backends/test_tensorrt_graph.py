@@ -38,10 +38,10 @@ def uniform(*shape: int, to: float = 4.0) -> Any:
     return RANDOM.uniform(-to, to, shape).astype(np.float32)
 
 
-def repaired(model: onnx.ModelProto, feed: Arrays) -> Prepared:
+def repaired(model: onnx.ModelProto, feed: Arrays, *, is_rtx: bool = False) -> Prepared:
     """Prepares the model and checks that it is valid and gives the very same answers."""
     expected = ReferenceEvaluator(model).run(None, dict(feed))
-    prepared = prepare(model)
+    prepared = prepare(model, is_rtx=is_rtx)
     onnx.checker.check_model(prepared.model, full_check=True)
     got = ReferenceEvaluator(prepared.model).run(None, dict(feed))
     for one, other in zip(expected, got, strict=True):
@@ -522,3 +522,91 @@ def test_helpers_of_the_test_see_a_wrong_repair() -> None:
     expected = ReferenceEvaluator(model).run(None, feed)[0]
     model.graph.initializer[1].CopyFrom(broken)
     assert np.abs(ReferenceEvaluator(model).run(None, feed)[0] - expected).max() > 0.01
+
+
+FP8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
+
+
+@pytest.mark.parametrize("operator", ["Conv", "ConvTranspose"])
+@pytest.mark.parametrize("cast", [False, True])
+def test_fp8_convolutions_with_one_scale_get_one_for_each_channel(
+    operator: str, cast: bool
+) -> None:
+    tail = "[wh] wh = Cast <to = 10> (wd) [xh] xh = Cast <to = 10> (xd)" if cast else ""
+    w, x = ("wh", "xh") if cast else ("wd", "xd")
+    model = graph(
+        f"""g (float[1,4,6,6] x) => ({"float16" if cast else "float"}[1,N,H,W] y) {{
+            [xq] xq = QuantizeLinear (x, s, z) [xd] xd = DequantizeLinear (xq, s, z)
+            [wd] wd = DequantizeLinear (w, ws, z) {tail} [conv] y = {operator} ({x}, {w})
+        }}""",
+        {
+            "s": np.float32(1 / 16),
+            "z": numpy_helper.from_array(np.zeros((), FP8)),
+            "w": numpy_helper.from_array(
+                uniform(4, 8 if operator != "Conv" else 4, 3, 3).astype(FP8)
+            ),
+            "ws": np.float32(1 / 64),
+        },
+    )
+    assert prepare(graph_copy(model)).repairs == ()
+    prepared = repaired(model, {"x": uniform(1, 4, 6, 6)}, is_rtx=True)
+    assert "one scale" in prepared.repairs[0]
+    (dequantize,) = [n for n in prepared.model.graph.node if n.name == "wd"]
+    scale = constants(prepared.model)[dequantize.input[1]]
+    assert scale.tolist() == [1 / 64] * (4 if operator == "Conv" else 8)
+    activation = next(n for n in prepared.model.graph.node if n.name == "xd")
+    assert constants(prepared.model)[activation.input[1]].size == 1
+
+
+@pytest.mark.parametrize("product", ["MatMul (xd, W)", "Gemm <alpha = 2.0> (xd, W, b)"])
+@pytest.mark.parametrize("weight", ["constant", "rounded here", "cast"])
+@pytest.mark.parametrize("channels", [False, True])
+def test_quantized_matrices_are_turned_for_the_kernels_of_rtx(
+    product: str, weight: str, channels: bool
+) -> None:
+    name = "wh" if weight == "cast" else "wd"
+    first = "[wq] wq = QuantizeLinear <axis = 1> (w, ws, wz)" if weight == "rounded here" else ""
+    last = "[wc] wc = Cast <to = 10> (wd) [wh] wh = Cast <to = 1> (wc)" if weight == "cast" else ""
+    model = graph(
+        f"""g (float[8,32] x) => (float[8,16] y) {{
+            [xq] xq = QuantizeLinear (x, s, z) [xd] xd = DequantizeLinear (xq, s, z) {first}
+            [wd] wd = DequantizeLinear <axis = 1> ({"wq" if first else "w"}, ws, wz) {last}
+            [mm] y = {product.replace("W", name)}
+        }}""",
+        {
+            **matmul_weights(),
+            **({"w": uniform(32, 16)} if first else {}),
+            "ws": np.full(16, 1 / 32, np.float32) if channels else np.float32(1 / 32),
+            "wz": np.zeros(16, np.int8) if channels else np.int8(0),
+            "b": uniform(16),
+        },
+    )
+    assert prepare(graph_copy(model)).notes == ()
+    prepared = repaired(model, {"x": uniform(8, 32)}, is_rtx=True)
+    assert "turned" in prepared.notes[0]
+    assert prepared.repairs == ()
+    dequantize = next(n for n in prepared.model.graph.node if n.name in ("wq" if first else "wd",))
+    assert constants(prepared.model)[dequantize.input[0]].shape == (16, 32)
+    assert built(prepared.model)[0]
+
+
+def test_matrices_that_others_read_too_or_that_are_as_wanted_are_not_turned() -> None:
+    shared = MATMUL.replace("(float[8,16] y)", "(float[8,16] y, float[32,16] t)").replace(
+        "[mm]", "[other] t = Neg (wd) [mm]"
+    )
+    assert prepare(graph(shared, matmul_weights()), is_rtx=True).notes == ()
+    gemm = MATMUL.replace("MatMul (xd, wd)", "Gemm <transB = 1> (xd, wd)").replace(
+        "<axis = 1>", "<axis = 0>"
+    )
+    weights = matmul_weights(w=RANDOM.integers(-127, 128, (16, 32)).astype(np.int8))
+    assert prepare(graph(gemm, weights), is_rtx=True).notes == ()
+    wrong = {**matmul_weights(wz=np.zeros(32, np.int8)), "ws": uniform(32) + 5}
+    prepared = prepare(graph(MATMUL.replace("<axis = 1>", "<axis = 0>"), wrong), is_rtx=True)
+    assert prepared.notes == ()
+    assert "axis 0" in prepared.warnings[0]
+
+
+def graph_copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy

@@ -25,6 +25,7 @@ Array = np.ndarray[Any, Any]
 _UINT8, _INT8, _INT32, _FP8, _INT4 = 2, 3, 6, 17, 22
 _TINY: Final = 1e-30
 """Weights and values below this are none: their scale would leave float32's normal numbers."""
+_ONE_SCALE_NOISE: Final = 4.0  # times the power of rounding errors: one bit of a weight's eight
 _BIAS_LIMIT: Final = 2.0**30  # half of what int32 holds, so that a sum still fits
 
 
@@ -103,7 +104,7 @@ class _Writer:
             scale, count = self._channel_scales(weight, array)
         else:
             scale, count = self._block_scales(weight, array)
-        if self._has_one_scale(weight, scale.size):
+        if self._recipe.one_scale and self._takes_one_scale(weight, scale):
             scale = np.asarray(scale.max())
         if count:
             dead.append(f"{count} of {weight.name!r}")
@@ -114,16 +115,14 @@ class _Writer:
         if self._recipe.integer_bias and weight.blocked is None:
             self._write_bias(weight.node, scale)
 
-    def _has_one_scale(self, weight: Weight, channels: int) -> bool:
-        if (
-            not self._recipe.one_scale
-            or self._activation_kind is None
-            or weight.blocked is not None
-        ):
+    def _takes_one_scale(self, weight: Weight, scale: Array) -> bool:
+        """Whether one for all channels costs little: much noise would come into those that need
+        less. fp8 keeps its digits whatever the scale.
+        """
+        if self._activation_kind is None or weight.node.op_type not in ("Gemm", "MatMul"):
             return False
-        if self._weight_kind is FP8:
-            return weight.node.op_type in ("Gemm", "MatMul")
-        return self._bias(weight.node, channels) is None
+        noise = float(np.mean(scale.astype(np.float64) ** 2))
+        return self._weight_kind is FP8 or float(scale.max()) ** 2 <= _ONE_SCALE_NOISE * noise
 
     def _write_bias(self, node: onnx.NodeProto, scale: Array) -> None:
         """The bias as int32 in multiples of activation scale times weight scale, where it is one
@@ -225,10 +224,6 @@ class _Writer:
         values = np.clip(array / spread, -kind.limit, kind.limit)
         if kind.number != _FP8:
             values = rounded(values, weight.axis, kind.limit)
-        turned = self._recipe.summed_last and _is_summed_first(weight, array)
-        if turned:
-            values, axis = values.T, 1 - axis
-            scale = scale.T
         small = self._graph.add_tensor(_tensor(f"{weight.name}__{kind.name}", values, kind.number))
         inputs = [small, self._graph.add(f"{weight.name}__scale", scale)]
         attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
@@ -240,14 +235,9 @@ class _Writer:
             attributes["block_size"] = self._block or 1
         made = self._graph.names.fresh(f"{weight.name}__dequantized")
         label = self._graph.node_names.fresh(f"{weight.name}__dequantize")
-        before = self._before.setdefault(weight.node.name, [])
-        before.append(helper.make_node("DequantizeLinear", inputs, [made], label, **attributes))
-        if not turned:
-            return made
-        result = self._graph.names.fresh(f"{weight.name}__transposed")
-        label = self._graph.node_names.fresh(f"{weight.name}__transpose")
-        before.append(helper.make_node("Transpose", [made], [result], label, perm=[1, 0]))
-        return result
+        node = helper.make_node("DequantizeLinear", inputs, [made], label, **attributes)
+        self._before.setdefault(weight.node.name, []).append(node)
+        return made
 
     # Activations
 
@@ -314,11 +304,6 @@ class _Writer:
             for name in node.output:
                 nodes += behind.get(name, [])
         self._graph.nodes = nodes
-
-
-def _is_summed_first(weight: Weight, array: Array) -> bool:
-    """Whether it is a matrix whose columns are the channels."""
-    return weight.node.op_type in ("Gemm", "MatMul") and array.ndim == 2 and weight.axis == 1
 
 
 def _pairs(weight: Weight, array: Array) -> Array:

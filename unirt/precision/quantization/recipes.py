@@ -26,13 +26,11 @@ class Recipe:
     what pools, moves or joins them, since kernels take and give integers. `integer_bias`: the
     target turns biases into int32 of scale activation times weight, which must not overflow.
     `matrix_vector`: also products with a single row or column, which read more than they compute.
-    `int8_operators`: where fewer operators than these have both operands in int8. `one_scale`: what
-    comes behind a product is fused into it only where its weight has a single scale, so fp8
-    matrices have one, which costs these little, and int8 weights where no bias stands in the way.
-    Not so convolutions: TensorRT for RTX 1.6 answers wrongly where their fp8 weights have one.
-    `summed_last`: matrices are stored with the axis that is summed over last, and turned behind
-    their Q/DQ, since only so kernels read small types fast. `rest` is what the target computes all
-    else in, once the graph is quantized: a candidate's graph is cast to it.
+    `int8_operators`: where fewer operators than these have both operands in int8. `one_scale`:
+    what comes behind a product is fused into it only where its weight has a single scale, so that
+    matrices have one where this costs little. Not so convolutions: with one scale TensorRT for RTX
+    1.6 computes fp8 ones wrongly. `rest` is what the target computes all else in, once the graph is
+    quantized: a candidate's graph is cast to it.
     """
 
     name: str
@@ -47,7 +45,6 @@ class Recipe:
     matrix_vector: bool = False
     int8_operators: tuple[str, ...] | None = None
     one_scale: bool = False
-    summed_last: bool = False
     rest: Literal["fp32", "fp16"] = "fp32"
 
     def of(self, precision: str) -> Recipe:
@@ -72,11 +69,9 @@ TENSORRT_RTX: Final = replace(
     TENSORRT,
     name="tensorrt-rtx",
     why=f"{TENSORRT.why} TensorRT for RTX 1.6 has no int8 convolution, a product whose weights "
-    "have a scale for each channel gives float32, to be rounded by another kernel, and its fast "
-    "kernels of int8 and fp8 take weights with the summed axis last.",
+    "have a scale for each channel gives float32, to be rounded by another kernel.",
     int8_operators=("Gemm", "MatMul"),
     one_scale=True,
-    summed_last=True,
 )
 CPU: Final = Recipe(
     "cpu",
@@ -131,7 +126,7 @@ def find_recipe(recipe: str | Recipe) -> Recipe:
     """The recipe itself, or the one of that name. Raises OptionError for an unknown name."""
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe in RECIPES:
+    if isinstance(recipe, str) and recipe in RECIPES:
         return RECIPES[recipe]
     raise OptionError(
         f"There is no recipe {recipe!r}.",
