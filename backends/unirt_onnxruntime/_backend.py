@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from unirt import (
     Engine,
     EngineReport,
     InputError,
+    Model,
     ModelFile,
     Options,
     Session,
@@ -57,8 +59,10 @@ EXTENDED = {
 }
 CUDA_LEGACY_STREAM = 1
 
-UNWANTED = ["WeightBiasQuantization"]
-"""It quantizes the weights of float32 nodes between Q/DQ, which were left so for their answers."""
+ISLANDS = ["WeightBiasQuantization"]
+"""It makes float biases of quantized products int32, without which their kernels are not fused. But
+it also quantizes the weights of float32 nodes between Q/DQ, which were left so for their answers.
+"""
 FLOAT8 = (
     "the graph holds fp8, so it is optimized as far as `basic` only, and its Q/DQ are left alone: "
     "ONNX Runtime takes them for int8, and then refuses the graph or answers wrong"
@@ -149,6 +153,7 @@ class OnnxRuntimeEngine(Engine):
         self._settings, self._target, self._source = options, device, file
         # Weights beside the model are found relative to its path, so such a model goes in by path.
         content = str(file.path) if file.external else file.read()
+        self._unwanted = ISLANDS if _has_islands(file, content) else None
         types = [*file.weight_dtypes, *(spec.dtype for spec in (*file.inputs, *file.outputs))]
         self._careful = any(name.startswith("float8") for name in types)
         try:
@@ -191,7 +196,7 @@ class OnnxRuntimeEngine(Engine):
             settings,
             providers=self._providers,
             enable_fallback=0,
-            disabled_optimizers=UNWANTED,
+            disabled_optimizers=self._unwanted,
         )
         native.disable_fallback()
         return native
@@ -248,6 +253,13 @@ class OnnxRuntimeEngine(Engine):
 
     def _close(self) -> None:
         del self.native
+
+
+def _has_islands(file: ModelFile, content: str | bytes) -> bool:
+    if isinstance(content, str) or b"DequantizeLinear" not in content:
+        return file.has_float_islands
+    # What was derived from a file is told of that file, not of itself.
+    return Model(content, max_bytes=sys.maxsize).primary.has_float_islands
 
 
 def _session_options(onnxruntime: Any, options: OnnxRuntimeOptions, careful: bool) -> Any:

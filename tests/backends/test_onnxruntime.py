@@ -552,3 +552,50 @@ def test_another_refusal_is_told_as_it_is() -> None:
     model = helper.make_model(graph, ir_version=9, opset_imports=opsets)
     with pytest.raises(unirt.BuildError, match="NoSuch"):
         unirt.build(model, "onnxruntime")
+
+
+def quantized_product(behind: str, weight: str) -> unirt.Model:
+    """A convolution between Q/DQ with a float bias, its weight stored in int8 or in float32."""
+    from onnx import numpy_helper, parser
+
+    stored = {
+        "int8": ("[w] w = DequantizeLinear <axis = 0> (wq, ws, wz)", "wq", np.int8),
+        "float32": ("", "w", np.float32),
+    }
+    made, name, dtype = stored[weight]
+    model = parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]>
+        net (float[1,8,6,6] x) => (float[1,8,6,6] y) {{
+            [xq] xq = QuantizeLinear (x, s, z) [xd] xd = DequantizeLinear (xq, s, z) {made}
+            [conv] c = Conv (xd, w, b) {behind} [yq] yq = QuantizeLinear (r, s, z)
+            [yd] y = DequantizeLinear (yq, s, z)
+        }}""")
+    random = np.random.default_rng(0)
+    constants = {
+        "s": np.float32(0.05),
+        "z": np.uint8(0),
+        "ws": np.full(8, 0.01, np.float32),
+        "wz": np.zeros(8, np.int8),
+        name: random.integers(-60, 60, (8, 8, 1, 1)).astype(dtype),
+        "b": random.standard_normal(8).astype(np.float32),
+    }
+    for key, array in constants.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), key))
+    return unirt.Model(model)
+
+
+@pytest.mark.parametrize("behind", ["[relu] r = Relu (c)", "[same] r = Identity (c)"])
+def test_quantized_products_with_float_biases_compute_in_integers(behind: str) -> None:
+    model = quantized_product(behind, "int8")
+    with unirt.build(model, "onnxruntime@cpu") as engine:
+        (product,) = [one for one in engine.inspect().layers if "conv" in one.nodes]
+    assert product.kind == "QLinearConv"
+
+
+def test_products_that_were_left_in_float_between_quantized_ones_stay_so() -> None:
+    model = quantized_product("[relu] r = Relu (c)", "float32")
+    assert model.primary.has_float_islands
+    with unirt.build(model, "onnxruntime@cpu") as engine:
+        (product,) = [one for one in engine.inspect().layers if "conv" in one.nodes]
+    assert product.kind != "QLinearConv"
+    assert not quantized_product("[relu] r = Relu (c)", "int8").primary.has_float_islands
+    assert not unirt.Model(DIGITS).primary.has_float_islands

@@ -23,7 +23,8 @@ class ModelFile:
     `inputs` and `outputs` keep the order of the file. An output whose type only the engine knows
     has dtype `undefined`. `op_counts`, `parameters` and `weight_dtypes` (dtype -> elements) include
     nested graphs and functions; weights are counted, not constants written into nodes. `opset` maps
-    domain to version. `stateful` networks carry values from one run to the next.
+    domain to version. `stateful` networks carry values from one run to the next. With
+    `has_float_islands` a product with float32 weights stands in the middle of quantized tensors.
     """
 
     format: str
@@ -36,6 +37,7 @@ class ModelFile:
     ir_version: int | None = None
     producer: str = ""
     stateful: bool = False
+    has_float_islands: bool = False
 
     @property
     def path(self) -> Path | None:

@@ -29,6 +29,9 @@ from unirt.formats.protobuf import Numbers, WireError, decode
 from unirt.types import Dim, TensorSpec
 
 EXTERNAL: Final = 1
+FLOAT: Final = 1
+_PRODUCTS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_ACTIVATIONS: Final = frozenset({"Clip", "LeakyRelu", "Relu"})
 # Engines inline local functions. Real graphs have up to some 100,000 nodes then.
 MAX_INLINED_NODES: Final = 1_000_000
 MAX_CALL_DEPTH: Final = 100
@@ -46,6 +49,25 @@ def read(content: Content, max_bytes: int) -> ModelFile:
 
 def domain_name(domain: str) -> str:
     return domain or "ai.onnx"
+
+
+def _has_float_islands(graph: Graph) -> bool:
+    """Whether a product of a dequantized tensor and a float32 weight is quantized behind itself or
+    its activation.
+    """
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == FLOAT}
+    makers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        quantizes = node.op_type == "QuantizeLinear" and node.input
+        made = makers.get(node.input[0]) if quantizes else None
+        if made is not None and made.op_type in _ACTIVATIONS and made.input:
+            made = makers.get(made.input[0])
+        if made is None or made.op_type not in _PRODUCTS or len(made.input) < 2:
+            continue
+        before = makers.get(made.input[0])
+        if made.input[1] in floats and before is not None and before.op_type == "DequantizeLinear":
+            return True
+    return False
 
 
 class _Reader:
@@ -104,6 +126,7 @@ class _Reader:
             opset=frozen({domain_name(s.domain): s.version for s in model.opset_import}),
             ir_version=model.ir_version,
             producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
+            has_float_islands=_has_float_islands(graph),
         )
 
     def decode(self) -> Model:
