@@ -14,12 +14,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
+from typer.testing import CliRunner, Result
 
 import unirt
-from unirt import Model, OptionError
-from unirt.precision import Cast, cast
+from unirt import DataError, Model, ModelError, OptionError, UnirtError, cli
+from unirt.precision import Calibration, Cast, Range, cast, observe
 
-DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "digits.onnx"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DIGITS = EXAMPLES / "digits" / "digits.onnx"
 RANDOM = np.random.default_rng(0)
 
 Arrays = Mapping[str, Any]
@@ -459,6 +461,452 @@ def test_what_a_mask_switches_off_is_no_value_out_of_range() -> None:
     off = np.array([[False, True, False, False], [True, False, False, True]])
     feed = {"x": np.ones((2, 4), np.float32), "off": off}
     assert not cast(Model(parser.parse_model(text)), "fp16", data=[feed]).kept
+
+
+# --- values that were seen: ends, constants, quantized graphs ------------------------------------
+
+
+def seen(model: onnx.ModelProto, feed: Arrays, error: float = 5e-3, **options: Any) -> Cast:
+    """Casts to fp16 with these values as data, and holds the answers, computed in fp16, against
+    those of float32.
+    """
+    done = cast(model, "fp16", data=[feed], **options)
+    made = proto(done)
+    onnx.checker.check_model(made, full_check=True)
+    named = {value.name: value.type.tensor_type.elem_type for value in made.graph.input}
+    low = {k: v.astype(np.float16) if named[k] == HALF else v for k, v in feed.items()}
+    expected = ReferenceEvaluator(model).run(None, dict(feed))
+    with np.errstate(all="ignore"):
+        got = ReferenceEvaluator(made).run(None, low)
+    for right, answer in zip(expected, got, strict=True):
+        scale = np.abs(right[np.isfinite(right)]).max(initial=0)
+        np.testing.assert_allclose(np.asarray(answer, "f8"), right, rtol=0, atol=error * scale)
+    return done
+
+
+def test_an_input_out_of_range_stays_float32_whatever_was_wished() -> None:
+    text = """
+    g (float[4] x, float[4] small) => (float[4] y) {
+      [mul] a = Mul (x, w)
+      [add] y = Add (a, small)
+    }"""
+    x = np.array([233965, 1, -2, 3], np.float32)
+    model, feed = graph(text, {"w": np.full(4, 1e-3, np.float32)}), {"x": x, "small": weight(4)}
+    done = seen(model, feed, keep_io=False)
+    assert done.notes == ("'x' stays float32: it reaches 233965, and fp16 65504",)
+    assert set(done.kept) == {"mul"}
+    ends = (*done.model.inputs, *done.model.outputs)
+    assert {spec.name: str(spec.dtype) for spec in ends} == {
+        "x": "float32",
+        "small": "float16",
+        "y": "float16",
+    }
+    assert cast(model, "fp16", data=[feed]).notes == ()
+    ranges = observe(Model(model), [feed]).calibration("max")
+    assert cast(model, "fp16", ranges=ranges, keep_io=False).notes == done.notes
+
+
+def test_an_output_out_of_range_stays_float32_also_where_others_read_it() -> None:
+    text = """
+    g (float[4] x) => (float[4] y, float[4] v, float[4] z) {
+      [up] v = Mul (x, w)
+      [more] y = Mul (v, w)
+      [down] a = Mul (v, s)
+      [end] z = Tanh (a)
+    }"""
+    weights = {"w": np.full(4, 5e4, np.float32), "s": np.full(4, 1e-5, np.float32)}
+    done = seen(graph(text, weights), {"x": np.ones(4, np.float32)}, keep_io=False)
+    assert {str(spec.dtype) for spec in done.model.outputs if spec.name in "yv"} == {"float32"}
+    assert [str(spec.dtype) for spec in done.model.outputs if spec.name == "z"] == ["float16"]
+    assert done.notes == (
+        "'y' stays float32: it reaches 2.5e+09, and fp16 65504",
+        "'v' stays float32: it reaches 50000, and fp16 65504",
+    )
+
+
+def test_values_too_small_keep_an_end_in_float32_too() -> None:
+    text = "g (float[2] x) => (float[2] y) { [up] a = Mul (x, w) y = Tanh (a) }"
+    feed = {"x": np.full(2, 3e-6, np.float32)}
+    done = seen(graph(text, {"w": np.full(2, 4e4, np.float32)}), feed, keep_io=False)
+    assert done.notes == ("'x' stays float32: it is at most 3e-06, where fp16 has few digits left",)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_output_that_is_a_weight_out_of_range_stays_float32_without_data(moved: bool) -> None:
+    """Of masks too: as an output they are numbers."""
+    text = """
+    g (float[2] x) => (float[2] y, float[2] big, float[2] fine) {
+      y = Add (x, fine)
+      NODE
+    }""".replace("NODE", "big = Identity (w)" if moved else "")
+    weights = {"w" if moved else "big": np.array([-1e9, 0], np.float32), "fine": weight(2)}
+    done = cast(graph(text, weights), "fp16", keep_io=False)
+    y, big, fine = ReferenceEvaluator(proto(done)).run(None, {"x": np.ones(2, np.float16)})
+    assert (y.dtype, big.dtype, fine.dtype) == (np.float16, np.float32, np.float16)
+    assert big.tolist() == [-1e9, 0]
+    (note,) = done.notes
+    assert note.startswith("'big' stays float32: 1 of 2 values")
+
+
+def test_what_weights_make_together_is_seen_too() -> None:
+    text = """
+    g (float[4] x) => (float[4] y) {
+      [fold] c = Mul (w, w)
+      [use] a = Div (x, c)
+      [back] b = Mul (a, w)
+      y = Mul (b, w)
+    }"""
+    model = graph(text, {"w": np.full(4, 2000, np.float32)})
+    done = seen(model, {"x": weight(4)})
+    assert "'c' reaches 4e+06" in done.kept["fold"]
+    assert {"fold", "use"} <= set(done.kept)
+
+
+def test_what_weights_make_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unirt.precision.calibration import watch
+
+    shown: list[tuple[str, ...]] = []
+    real = watch.Watcher._session
+
+    def count(self: watch.Watcher, outputs: Any, stack: Any) -> Any:
+        shown.append(tuple(outputs))
+        return real(self, outputs, stack)
+
+    monkeypatch.setattr(watch.Watcher, "_session", count)
+    text = "g (float[4] x) => (float[4] y) { c = Mul (w, w) y = Add (x, c) }"
+    cast(graph(text, {"w": weight(4)}), "fp16", data=[{"x": weight(4)}] * 3)
+    assert shown.count(("c",)) == 1
+    assert shown.count(("y",)) == 1
+
+
+def test_finite_values_beside_minus_infinity_count() -> None:
+    text = """
+    g (float[2, 4] x, bool[2, 4] off) => (float[2, 4] y) {
+      low = Constant <value = float {-inf}> ()
+      [mask] m = Where (off, low, x)
+      [twice] t = Add (m, m)
+      [again] f = Add (t, t)
+      [soft] y = Softmax (f)
+    }"""
+    model = graph(text.replace("{-inf}", "{0}"))
+    model.graph.node[0].attribute[0].t.CopyFrom(numpy_helper.from_array(np.float32(-np.inf)))
+    x = np.array([[30000, 30000, 0, 3], [1, 2, 3, 4]], np.float32)
+    off = np.array([[False, False, True, False], [True, False, False, True]])
+    done = seen(model, {"x": x, "off": off})
+    assert set(done.kept) == {"twice", "again", "soft"}
+    assert "'t' reaches 60000, and fp16 65504" in done.kept["twice"]
+
+
+def test_a_mask_that_the_caller_gives_may_hold_minus_infinity() -> None:
+    text = "g (float[1, 4] x, float[1, 4] m) => (float[1, 4] y) { a = Add (x, m) y = Softmax (a) }"
+    mask = np.array([[0, -np.inf, 0, 0]], np.float32)
+    assert not seen(graph(text), {"x": weight(1, 4), "m": mask}).kept
+
+
+def test_a_mask_hides_no_scores_that_are_out_of_range_themselves() -> None:
+    text = """
+    g (float[2, 4] x, bool[2, 4] off) => (float[2, 4] y) {
+      low = Constant <value_float = -1e9> ()
+      zero = Constant <value_float = 0.0> ()
+      [mask] m = Where (off, low, zero)
+      [sum] s = Add (x, m)
+      [soft] y = Softmax (s)
+    }"""
+    x = np.array([[3e5, 1, 3e5 - 1, 3e5], [1, 2, 3, 4]], np.float32)
+    off = np.array([[False, True, False, False], [True, False, False, True]])
+    assert set(seen(graph(text), {"x": x, "off": off}).kept) == {"sum", "soft"}
+
+
+def test_a_constant_that_only_float32_reads_is_not_told_as_clamped() -> None:
+    text = """
+    g (float[4] x) => (float[4] y) {
+      [masked] a = Min (x, high)
+      y = Tanh (a)
+    }"""
+    model = graph(text, {"high": np.float32(1e9)})
+    assert "clamped" in cast(model, "fp16").notes[0]
+    assert cast(model, "fp16", keep=["masked"]).notes == ()
+
+
+def test_values_that_subgraphs_read_are_seen() -> None:
+    text = """
+    g (float[4] x, bool flag) => (float[4] y) {
+      [up] a = Mul (x, w)
+      [choose] i = If (flag) <
+        then_branch = t () => (float[4] t) { t = Mul (a, s) },
+        else_branch = e () => (float[4] e) { e = Div (a, w) }>
+      y = Tanh (i)
+    }"""
+    weights = {"w": np.full(4, 6e4, np.float32), "s": np.full(4, 1e-6, np.float32)}
+    for flag in (True, False):
+        feed = {"x": np.full(4, 3, np.float32), "flag": np.array(flag)}
+        assert set(seen(graph(text, weights), feed, keep_io=False).kept) == {"up", "choose"}
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "ReduceL2 <axes = [1]> (x)",
+        "ReduceLogSumExp <axes = [1]> (x)",
+        "LpNormalization <axis = 1> (x)",
+        "LpPool <kernel_shape = [2]> (x)",
+        "GlobalLpPool (x)",
+        "LRN <size = 3> (x)",
+        "Mean (x, x)",
+        "ReduceLogSum <axes = [1]> (x)",
+    ],
+)
+def test_sums_inside_an_operator_stay_in_float32(node: str) -> None:
+    ends = "(float[2, 8, 4] x) => (float[2, 8, 4] z, float[a, b, c] y)"
+    text = f"g {ends} {{ [sum] y = {node} z = Sigmoid (x) }}"
+    result = cast(graph(text), "fp16")
+    assert result.kept == {"sum": "what it sums up inside soon leaves fp16"}
+    assert not cast(graph(text), "bf16").kept
+
+
+@pytest.mark.parametrize(
+    ("node", "times"), [("GlobalAveragePool (x)", 256), ("ReduceMean <axes = [1]> (x)", 4)]
+)
+def test_sums_inside_a_mean_are_seen(node: str, times: int) -> None:
+    text = f"""
+    g (float[N, 4, H, 16] x) => (float[a, b, c, d] y, float[N, 4, H, 16] z) {{
+      [mean] m = {node}
+      [small] s = Mul (m, w)
+      y = Tanh (s)
+      z = Tanh (x)
+    }}"""
+    model = graph(text, {"w": np.float32(1e-4)})
+    for peak, stays in ((0.9 * 32752 / times, False), (1.1 * 32752 / times, True)):
+        feed = {"x": np.full((1, 4, 16, 16), -peak, np.float32)}
+        assert ("mean" in seen(model, feed).kept) == stays
+    assert seen(model, feed).kept["mean"].startswith("the sums that it makes means of reach 36027")
+
+
+LEVELS = """
+g (float[2, 8] x) => (float[2, 4] y) {
+  [xq] xq = QuantizeLinear (x, s, z)
+  [xd] xd = DequantizeLinear (xq, s, z)
+  [wd] wd = DequantizeLinear <axis = 1> (wq, ws, wz)
+  [m] m = MatMul (xd, wd)
+  [scale] r = Mul (m, down)
+  [act] y = Tanh (r)
+}"""
+LEVELS_WEIGHTS = {
+    "s": np.float32(0.03),
+    "z": np.int8(0),
+    "wq": np.tile(np.array([[127], [-3]], np.int8), (4, 4)),
+    "ws": np.array([1e-2, 2e-2, 1e-2, 2e-2], np.float32),
+    "wz": np.zeros(4, np.int8),
+    "down": np.float32(0.1),
+}
+
+
+def test_a_quantized_graph_is_cast_with_data() -> None:
+    model, feed = graph(LEVELS, LEVELS_WEIGHTS, 19, 9), {"x": weight(2, 8)}
+    assert set(seen(model, feed).kept) == {"xq", "xd", "wd"}
+    loud = LEVELS_WEIGHTS | {"s": np.float32(1000), "down": np.float32(1e-5)}
+    done = seen(graph(LEVELS, loud, 19, 9), {"x": np.full((2, 8), 1e5, np.float32)}, keep_io=False)
+    assert "'xd' reaches 100000, and fp16 65504" in done.kept["m"]
+    assert {"m", "scale"} <= set(done.kept)
+    assert "act" not in done.kept
+    assert [str(spec.dtype) for spec in done.model.inputs] == ["float32"]
+
+
+def test_a_network_that_was_trained_for_int8_is_cast_with_its_data() -> None:
+    folder = EXAMPLES / "qat"
+    done = cast(folder / "qat.onnx", "fp16", data=folder / "calibration.npz")
+    stays = {node.name for node in proto(done).graph.node if "antizeLinear" in node.op_type}
+    assert set(done.kept) == stays
+
+
+def test_half_of_a_graph_may_be_narrow_already() -> None:
+    text = """
+    g (float[4, 4] x) => (float[4, 4] y) {
+      h = Cast <to = 10> (x)
+      p = MatMul (h, h)
+      f = Cast <to = 1> (p)
+      [up] a = Mul (f, w)
+      [down] b = Mul (a, v)
+      y = Tanh (b)
+    }"""
+    weights = {"w": np.float32(1e4), "v": np.float32(1e-4)}
+    done = seen(graph(text, weights), {"x": np.full((4, 4), 2, np.float32)})
+    assert set(done.kept) == {"up", "down"}
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("data", [False, True])
+def test_quantized_weights_out_of_range_keep_their_node_in_float32(moved: bool, data: bool) -> None:
+    weights = LEVELS_WEIGHTS | {"ws": np.full(4, 1e3, np.float32), "down": np.float32(1e-6)}
+    if moved:
+        text = LEVELS.replace("<axis = 1> (wq", "<axis = 0> (wq").replace("xd, wd)", "xd, wt)")
+        text = text.replace("  [m]", "  [turn] wt = Transpose <perm = [1, 0]> (wd)\n  [m]")
+        weights["wq"] = np.ascontiguousarray(LEVELS_WEIGHTS["wq"].T)
+    else:
+        text = LEVELS
+    model, feed = graph(text, weights, 19, 9), {"x": np.full((2, 8), 0.3, np.float32)}
+    done = seen(model, feed) if data else cast(model, "fp16")
+    assert done.kept["m"] == "'wd' goes to 127000, and fp16 to 65504"
+    assert "m" not in cast(graph(LEVELS, LEVELS_WEIGHTS), "fp16").kept
+    assert "m" not in cast(model, "bf16").kept
+
+
+def test_quantized_weights_are_judged_channel_by_channel_and_by_zero_point() -> None:
+    dead = {"ws": np.array([1e-9, 1e3, 1e3, 1e3], np.float32), "wq": np.ones((8, 4), np.int8)}
+    dead["wq"][:, 0] = 127
+    assert "m" not in cast(graph(LEVELS, LEVELS_WEIGHTS | dead), "fp16").kept
+    shifted = {"wz": np.full(4, -100, np.int8), "ws": np.full(4, 400, np.float32)}
+    kept = cast(graph(LEVELS, LEVELS_WEIGHTS | shifted), "fp16").kept
+    assert kept["m"] == "'wd' goes to 90800, and fp16 to 65504"
+    gone = {"ws": np.full(4, 1e-12, np.float32)}
+    kept = cast(graph(LEVELS, LEVELS_WEIGHTS | gone), "fp16").kept
+    assert kept["m"] == "'wd' is at most 1.27e-10, which becomes 0 in fp16"
+    text = LEVELS.replace("<axis = 1> (wq", "<axis = 0, block_size = 4> (wq")
+    blocks = {"ws": np.full((2, 4), 1e-2, np.float32), "wz": np.zeros((2, 4), np.int8)}
+    assert "m" not in cast(graph(text, LEVELS_WEIGHTS | blocks, 21, 10), "fp16").kept
+    blocks["ws"][1, 2] = 1e3
+    kept = cast(graph(text, LEVELS_WEIGHTS | blocks, 21, 10), "fp16").kept
+    assert kept["m"] == "'wd' goes to 127000, and fp16 to 65504"
+
+
+@pytest.mark.parametrize(
+    ("text", "x", "told"),
+    [
+        ("g (float[2] x) => (float[2] y) { a = Exp (x) y = Tanh (a) }", 100, "'a' holds inf"),
+        ("g (float[2] x) => (float[2] y) { a = Log (x) y = Tanh (a) }", -1, "'a' holds NaN"),
+        ("g (float[2] x) => (float[2] y) { y = Neg (x) }", np.nan, "'x' holds NaN"),
+    ],
+)
+def test_a_network_that_overflows_by_itself_is_told(text: str, x: float, told: str) -> None:
+    good, bad = (np.full(2, value, np.float32) for value in (0.5, x))
+    with pytest.raises(DataError, match=f"{told} in sample 1.*not finite") as raised:
+        cast(graph(text), "fp16", data=[good, bad])
+    assert raised.value.sample == 1
+
+
+def test_data_of_a_graph_without_floats_changes_nothing() -> None:
+    model = graph("g (int64[4] x) => (int64[4] y) { y = Add (x, x) }")
+    with pytest.raises(ModelError, match="nothing to cast to fp16"):
+        cast(model, "fp16", data=[{"x": np.arange(4)}])
+    with pytest.raises(DataError, match="no data to run"):
+        cast(graph(CNN, CNN_WEIGHTS), "fp16", data=[])
+
+
+def test_ranges_come_from_a_file_too(tmp_path: Path) -> None:
+    model = Model(parser.parse_model(LOUD))
+    ranges = observe(model, [np.full((2, 8), 4, np.float32)])
+    path = ranges.calibration("max").save(tmp_path / "ranges.json")
+    for given in (path, str(path), Calibration.load(path)):
+        done = cast(model, "fp16", ranges=given)
+        assert set(done.kept) == {"square", "total", "share"}
+        assert done.notes == ()
+    (note,) = cast(model, "fp16", ranges=ranges.calibration("mse")).notes
+    assert note.startswith("the ranges are by mse, which may leave out the largest values")
+    assert not cast(model, "bf16", ranges=ranges.calibration("mse")).notes
+    path.write_text("{}")
+    with pytest.raises(DataError, match="no calibration"):
+        cast(model, "fp16", ranges=path)
+
+
+def test_ranges_of_another_network_are_refused() -> None:
+    other = Calibration({"elsewhere": Range(-1, 1)}, "max", 1, "0" * 64)
+    with pytest.raises(ModelError, match=r"not those of digits.*'elsewhere'"):
+        cast(DIGITS, "fp16", ranges=other)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"keep": 3}, "keep=3 is no collection"),
+        ({"keep": None}, "keep=None is no collection"),
+        ({"keep": "up"}, r"keep=\['up'\]"),
+        ({"keep": [["up"]]}, "no collection of names"),
+        ({"keep": [3]}, "no collection of names"),
+        ({"keep": (name for name in ["up"])}, "no collection of names"),
+        ({"data": 5}, "data is"),
+        ({"data": [5]}, "sample 0"),
+        ({"data": "nosuch.npz"}, "nosuch.npz"),
+        ({"data": {"x": "text"}}, "x"),
+        ({"data": object()}, "data is"),
+        ({"ranges": 5}, "int is no calibration"),
+        ({"ranges": {"x": (0, 1)}}, "dict is no calibration"),
+        ({"ranges": "nosuch.json"}, "nosuch.json cannot be read"),
+        ({"ranges": b"nosuch.json"}, "bytes is no calibration"),
+    ],
+)
+def test_wrong_types_are_told(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UnirtError, match=told):
+        cast(Model(parser.parse_model(LOUD)), "fp16", **options)
+
+
+@pytest.mark.parametrize("precision", [16, None, ["fp16"], b"fp16"])
+def test_what_is_no_name_is_no_precision(precision: Any) -> None:
+    with pytest.raises(OptionError, match="is no precision to cast to"):
+        cast(DIGITS, precision)
+
+
+def unirt_(*arguments: object, code: int = 0) -> Result:
+    done = CliRunner().invoke(cli.app, [*map(str, arguments)], env={"COLUMNS": "120"})
+    assert done.exit_code == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_the_command_tells_which_ends_stay(tmp_path: Path) -> None:
+    path, data, out = tmp_path / "up.onnx", tmp_path / "x.npz", tmp_path / "h.onnx"
+    onnx.save(
+        graph(
+            "g (float[N, 4] x) => (float[N, 4] y) { a = Tanh (x) y = Mul (a, w) }",
+            {"w": np.float32(6e4)},
+        ),
+        path,
+    )
+    np.savez(data, x=np.ones((2, 4), np.float32))
+    shown = unirt_("cast", path, "fp16", "-o", out, "--io", "--data", data).stdout
+    assert "'y' stays float32: it reaches 45695.7, and fp16 65504" in " ".join(shown.split())
+    made = Model(out)
+    assert [str(spec.dtype) for spec in (*made.inputs, *made.outputs)] == ["float16", "float32"]
+
+
+def test_the_command_casts_a_quantized_graph_with_data(tmp_path: Path) -> None:
+    folder, out = EXAMPLES / "qat", tmp_path / "h.onnx"
+    unirt_("cast", folder / "qat.onnx", "fp16", "-o", out, "--data", folder / "calibration.npz")
+    assert Model(out).outputs == Model(folder / "qat.onnx").outputs
+
+
+def test_the_command_says_of_a_tflite_that_only_onnx_is_cast(tmp_path: Path) -> None:
+    tflite = DIGITS.with_suffix(".tflite")
+    for name in ("h.tflite", "h.onnx"):
+        shown = unirt_("cast", tflite, "fp16", "-o", tmp_path / name, code=3).stderr
+        assert "Only ONNX graphs are cast, and it has tflite" in " ".join(shown.split())
+    assert not any(tmp_path.iterdir())
+    assert ".tflite" not in unirt_("cast", "--help").stdout
+
+
+def test_the_command_says_who_takes_bf16_in_an_old_opset(tmp_path: Path) -> None:
+    path = tmp_path / "cnn.onnx"
+    onnx.save(graph(CNN, CNN_WEIGHTS), path)
+    shown = " ".join(unirt_("cast", path, "bf16", "-o", tmp_path / "b.onnx").stdout.split())
+    assert "opset 17 has no bfloat16 yet for Conv, GlobalAveragePool, opset 22 does" in shown
+    assert "TensorRT, OpenVINO and the reference take the graph" in shown
+    assert "ONNX Runtime and the full check of onnx.checker refuse it" in shown
+
+
+@pytest.mark.parametrize("engine", ["openvino", "reference", "onnxruntime"])
+def test_who_takes_bf16_in_an_old_opset_is_true(engine: str) -> None:
+    made = cast(graph(CNN, CNN_WEIGHTS), "bf16").model
+    feed = {"x": weight(2, 3, 8, 8)}
+    if engine == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+        with pytest.raises(unirt.BackendError, match="bfloat16"):
+            unirt.load(made, engine)
+        with pytest.raises(onnx.shape_inference.InferenceError):
+            onnx.checker.check_model(onnx.load_from_string(made.primary.read()), full_check=True)
+        return
+    pytest.importorskip("openvino" if engine == "openvino" else "onnx")
+    with unirt.load(made, engine) as session, unirt.load(graph(CNN, CNN_WEIGHTS), engine) as whole:
+        right = whole.run(feed)["y"]
+        np.testing.assert_allclose(session.run(feed)["y"], right, atol=0.04 * np.abs(right).max())
 
 
 def test_nodes_stay_in_float32_when_told_so() -> None:

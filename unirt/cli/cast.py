@@ -8,16 +8,17 @@ from typing import Annotated, Literal
 import typer
 from rich.text import Text
 
-from unirt.cli.arguments import Debug, Json, ModelPath
+from unirt.cli.arguments import Debug, Json
 from unirt.cli.outcome import reporting
 from unirt.cli.saving import Out, check_out, save_whole
 from unirt.cli.terminal import plural, print_heading, print_pairs, size_text, stdout, waiting
+from unirt.errors import ModelError
 from unirt.model import Model
 from unirt.precision.casting.cast import cast as cast_model
 
 
 def cast(
-    model: ModelPath,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")],
     precision: Annotated[
         Literal["fp16", "bf16"], typer.Argument(metavar="fp16|bf16", help="The narrower float.")
     ],
@@ -25,15 +26,17 @@ def cast(
     io: Annotated[
         bool,
         typer.Option(
-            "--io/--keep-io", help="Cast the model's inputs and outputs too. Default: keep float32."
+            "--io/--keep-io",
+            help="Cast the model's inputs and outputs too, but for those that leave the range. "
+            "Default: keep float32.",
         ),
     ] = False,
     data: Annotated[
         Path | None,
         typer.Option(
             "--data",
-            help="A .npz or .npy with samples: nodes whose values leave the range on them stay in "
-            "float32.",
+            help="A .npz or .npy with samples: nodes, inputs and outputs whose values leave the "
+            "range on them stay in float32.",
         ),
     ] = None,
     keep: Annotated[
@@ -50,6 +53,12 @@ def cast(
     """
     with reporting(as_json, debug) as report:
         opened = Model(model)
+        if opened.file(["onnx"]) is None:
+            raise ModelError(
+                f"{opened.name} cannot be cast to {precision}.",
+                f"Only ONNX graphs are cast, and it has {', '.join(opened.formats)}.",
+                "Export the network to ONNX, and give that file.",
+            )
         check_out(out, opened, ".onnx")
         with waiting(f"casting {opened.name}", as_json):
             done = cast_model(opened, precision, keep_io=not io, data=data, keep=keep or ())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
@@ -151,27 +152,15 @@ def observe_with(
     empty = Histogram(bins)  # refuses what cannot be, before anything is run
     calls = _calls(source.inputs, data)
     watcher = watch(source, tensors, engine, memory)
-    try:
+    with closing(watcher):
         watched = watcher.watched
         histograms = {name: Histogram(empty.bins) for name in (*watched.inputs, *watched.inner)}
         masked: set[str] = set()
-        samples = 0
-        for feed, count in calls:
-            for name, values in watcher.show(feed):
-                if name in masked or histograms[name].add(values):
-                    continue
-                if name in watched.strict or not _only_masked(values):
-                    raise _not_finite(name, values, samples, count)
+        run = _Run(source.name, watcher, calls)
+        for name, values in run.values():
+            if name not in masked and not histograms[name].add(values):
+                run.check(name, values)
                 masked.add(name)
-            samples += count
-    finally:
-        watcher.close()
-    if not samples:
-        raise DataError(
-            f"There is no data to calibrate {source.name} with.",
-            "The iterable gave no sample. A generator that was used before is empty.",
-            "Give at least one sample, better some hundred that are like those to come.",
-        )
     notes = list(watched.notes)
     notes += [f"{name!r} holds -inf, as masks do: it has no range." for name in sorted(masked)]
     for name in [name for name, histogram in histograms.items() if not histogram.values]:
@@ -180,13 +169,85 @@ def observe_with(
         masked.add(name)
     return Observations(
         MappingProxyType({n: one for n, one in histograms.items() if n not in masked}),
-        samples,
+        run.samples,
         watcher.hash,
         watcher.tensors,
         watcher.engine,
         watcher.groups,
         tuple(notes),
     )
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The lowest and the highest finite value of tensors by name, and the largest magnitude of the
+    sums that means were made of, by the mean.
+    """
+
+    ranges: Mapping[str, Range]
+    sums: Mapping[str, float] = field(default_factory=dict)
+
+
+def extremes(source: Model, data: CalibrationData, means: Mapping[str, str]) -> Extremes:
+    """Those of every float32 tensor on `data`: of any ONNX graph, a quantized one too, and of what
+    weights alone make. -inf does not count where `observe` lets it pass. `means` are tensors that
+    are means over another one each.
+
+    Raises what `observe` does, but no ModelError for what a graph computes in.
+    """
+    calls = _calls(source.inputs, data)
+    ranges: dict[str, Range] = {}
+    sums: dict[str, float] = {}
+    sizes: dict[str, int] = {}  # in this call, for what is read comes first
+    with closing(Watcher(source, None, None, MEMORY, everything=True)) as watcher:
+        run = _Run(source.name, watcher, calls)
+        for name, values in run.values():
+            sizes[name] = values.size
+            if not np.isfinite(values).all():
+                run.check(name, values)
+                values = values[np.isfinite(values)]
+            if not values.size:
+                continue
+            low, high = float(values.min()), float(values.max())
+            if (whole := sizes.get(means.get(name, ""))) is not None:
+                total = max(-low, high) * whole / sizes[name]
+                sums[name] = max(total, sums.get(name, 0.0))
+            known = ranges.get(name, Range(low, high))
+            ranges[name] = Range(min(low, known.low), max(high, known.high))
+    return Extremes(ranges, sums)
+
+
+class _Run:
+    """A network that shows its tensors on all of the data, once."""
+
+    def __init__(
+        self,
+        name: str,
+        watcher: Watcher | TFLiteWatcher,
+        calls: Iterable[tuple[Feed, int]],
+    ) -> None:
+        self._name, self._watcher, self._calls = name, watcher, calls
+        self._count = 0
+        self.samples = 0
+        """Of the calls that are done."""
+
+    def values(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        """Raises DataError, last of all, if there was no data."""
+        for feed, count in self._calls:
+            self._count = count
+            yield from self._watcher.show(feed)
+            self.samples += count
+        if not self.samples:
+            raise DataError(
+                f"There is no data to run {self._name} on.",
+                "The iterable gave no sample. A generator that was used before is empty.",
+                "Give at least one sample, better some hundred that are like those to come.",
+            )
+
+    def check(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        """Raises DataError for values just shown, unless all of them are finite or masked."""
+        if name in self._watcher.watched.strict or not _only_masked(values):
+            raise _not_finite(name, values, self.samples, self._count)
 
 
 def _calls(specs: tuple[TensorSpec, ...], data: CalibrationData) -> Iterator[tuple[Feed, int]]:

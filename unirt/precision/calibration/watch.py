@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,14 +50,16 @@ def onnx_file(model: Model) -> ModelFile:
 
 @dataclass(frozen=True)
 class Watched:
-    """Which tensors of a main graph are watched, in its order: of its inputs, and inside it.
+    """Which tensors of a main graph are watched, in its order: of its inputs, inside it, and what
+    weights alone make.
 
     `strict` ones must not hold infinities: what computing nodes read, inputs and outputs of the
-    whole, and what the caller named. In others -inf says that something is masked.
+    whole, what the caller named. In others -inf says that something is masked.
     """
 
     inputs: tuple[str, ...]
     inner: tuple[str, ...]
+    folded: tuple[str, ...]
     strict: frozenset[str]
     notes: tuple[str, ...]
 
@@ -73,20 +75,13 @@ class Watched:
         types = tensor_types(proto, name)
         _refuse_halves(graph, types, name)
         constant = _constants(graph)
-        inputs = [value.name for value in graph.input if value.name not in constant]
-        inner = [
-            output
-            for node in graph.node
-            for output in node.output
-            if output and output not in constant
-        ]
+        inputs, inner = _variable(graph, constant)
         notes = []
         if unknown := [output for output in inner if output not in types]:
             notes.append(
                 f"ONNX does not tell the type of {_listed(unknown)}: not watched, without a range."
             )
-        strict = {value.name for value in (*graph.input, *graph.output)}
-        strict.update(n for node in graph.node if node.op_type in COMPUTING for n in node.input)
+        strict = _strict(graph, (*graph.input, *graph.output))
         floats = {tensor for tensor in (*inputs, *inner) if types.get(tensor) == FLOAT}
         if wanted is not None:
             wanted = {wanted} if isinstance(wanted, str) else set(wanted)
@@ -113,9 +108,46 @@ class Watched:
         return cls(
             tuple(tensor for tensor in inputs if tensor in floats),
             tuple(tensor for tensor in inner if tensor in floats),
+            (),
             frozenset(strict),
             tuple(notes),
         )
+
+    @classmethod
+    def all_of(cls, proto: onnx.ModelProto, name: str) -> Watched:
+        """Every float32 tensor but the weights, of any graph: quantized, half or integer ones too.
+        Inputs may hold -inf, as masks do.
+
+        Raises ModelError where types contradict.
+        """
+        graph, types = proto.graph, tensor_types(proto, name)
+        constant = _constants(graph)
+        inputs, inner = _variable(graph, constant)
+        folded = [
+            output
+            for node in graph.node
+            for output in node.output
+            if node.op_type != "Constant" and output in constant
+        ]
+        inputs, inner, folded = (
+            [tensor for tensor in tensors if types.get(tensor) == FLOAT]
+            for tensors in (inputs, inner, folded)
+        )
+        strict = frozenset(_strict(graph, graph.output))
+        return cls(tuple(inputs), tuple(inner), tuple(folded), strict, ())
+
+
+def _variable(graph: onnx.GraphProto, constant: Collection[str]) -> tuple[list[str], list[str]]:
+    """The inputs, and what nodes make that depends on them."""
+    inputs = [value.name for value in graph.input if value.name not in constant]
+    made = (output for node in graph.node for output in node.output if output)
+    return inputs, [output for output in made if output not in constant]
+
+
+def _strict(graph: onnx.GraphProto, ends: Iterable[onnx.ValueInfoProto]) -> set[str]:
+    strict = {value.name for value in ends}
+    strict.update(n for node in graph.node if node.op_type in COMPUTING for n in node.input)
+    return strict
 
 
 def _listed(names: Collection[str]) -> str:
@@ -189,15 +221,29 @@ class Watcher:
     """
 
     def __init__(
-        self, model: Model, wanted: Collection[str] | None, engine: str | None, memory: int
+        self,
+        model: Model,
+        wanted: Collection[str] | None,
+        engine: str | None,
+        memory: int,
+        *,
+        everything: bool = False,
     ) -> None:
-        """Raises ModelError, OptionError, NoBackend, BackendUnavailable."""
+        """With `everything` it shows what `Watched.all_of` names, and nothing is `wanted`.
+
+        Raises ModelError, OptionError, NoBackend, BackendUnavailable.
+        """
         self._name, self._memory = model.name, memory
         file = onnx_file(model)
         self._inputs = model.input_names(file)
         self._proto = read_graph(file, "calibrated")
         self.hash, self.tensors = file.hash, main_names(self._proto.graph)
-        self.watched = Watched.of(self._proto, model.name, wanted)
+        self.watched = (
+            Watched.all_of(self._proto, model.name)
+            if everything
+            else Watched.of(self._proto, model.name, wanted)
+        )
+        self._folded = self.watched.folded  # as long as they were not shown
         self._backend, self._device = choose_engine(engine)
         self.engine = f"{self._backend.name}@{self._device}"
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -216,6 +262,8 @@ class Watcher:
         feed = {self._inputs[name]: value for name, value in feed.items()}
         for name in self.watched.inputs:
             yield name, feed[name]
+        if self._folded:
+            yield from self._show_folded(feed)
         if not self.watched.inner:
             return
         self._make_room(feed)
@@ -223,6 +271,16 @@ class Watcher:
             shown = session.run(feed)
             for name in names:
                 yield name, shown.pop(name)
+
+    def _show_folded(self, feed: Feed) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        """What weights alone make: the same in each call, so that the first shows it."""
+        self._sizes.update(self._measured(self._folded, feed))
+        for names in self._split(self._folded):
+            with ExitStack() as stack:
+                shown = self._session(dict.fromkeys(names, FLOAT), stack).run(feed)
+            for name in names:
+                yield name, shown.pop(name)
+        self._folded = ()
 
     def close(self) -> None:
         self._open_groups.close()
@@ -234,20 +292,25 @@ class Watcher:
         if any(_within(shapes, known) for known in self._shapes):
             return
         self._shapes = [known for known in self._shapes if not _within(known, shapes)] + [shapes]
-        for name, size in self._measured(feed).items():
+        for name, size in self._measured(self.watched.inner, feed).items():
             self._sizes[name] = max(size, self._sizes.get(name, 0))
         if self._groups and all(self._fits(names) for names, _ in self._groups):
             return
         self._open_groups.close()
         self._groups = []
+        for names in self._split(self.watched.inner):
+            self._open(names)
+        self.groups = max(self.groups, len(self._groups))
+
+    def _split(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """Groups of them that fit the memory, in their order."""
         group: list[str] = []
-        for name in self.watched.inner:
+        for name in names:
             if group and not self._fits((*group, name)):
-                self._open(group)
+                yield group
                 group = []
             group.append(name)
-        self._open(group)
-        self.groups = max(self.groups, len(self._groups))
+        yield group
 
     def _fits(self, names: Collection[str]) -> bool:
         """One tensor alone must fit, whatever it takes."""
@@ -257,12 +320,12 @@ class Watcher:
         session = self._session(dict.fromkeys(names, FLOAT), self._open_groups)
         self._groups.append((tuple(names), session))
 
-    def _measured(self, feed: Feed) -> dict[str, int]:
+    def _measured(self, names: Iterable[str], feed: Feed) -> dict[str, int]:
         """The bytes that each tensor takes in this call, whatever its shape depends on."""
         from onnx import helper
 
         fresh = tensor_names(self._proto.graph)
-        sizes = {fresh.fresh(f"{name}__size"): name for name in self.watched.inner}
+        sizes = {fresh.fresh(f"{name}__size"): name for name in names}
         nodes = [helper.make_node("Size", [name], [size]) for size, name in sizes.items()]
         count = len(self._proto.graph.node)
         self._proto.graph.node.extend(nodes)

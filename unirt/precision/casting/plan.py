@@ -7,14 +7,20 @@ float32, so does what loses its meaning in a narrower float, and what lies betwe
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
-from unirt.precision.calibration.ranges import Range
+from unirt.precision.calibration.calibrate import Extremes
 from unirt.precision.casting.lift import lift
 from unirt.precision.casting.verdict import MOVING, OUTPUT_TYPE, Verdict
-from unirt.precision.casting.weights import Fit, Low, constant_tensor
+from unirt.precision.casting.weights import (
+    Fit,
+    Low,
+    constant_tensor,
+    constant_tensors,
+    dequantized_size,
+)
 from unirt.precision.graph import FLOAT, NOT_A_TENSOR, subgraphs
 
 if TYPE_CHECKING:
@@ -28,6 +34,15 @@ _STAYING: Final[Mapping[str, str]] = {
     "Range": "it counts",
     "MeanVarianceNormalization": "ONNX defines it by float32 constants",
 }
+_SUMMING: Final = frozenset(
+    {
+        *("GlobalLpPool", "LRN", "LpNormalization", "LpPool", "Mean"),
+        *("ReduceL2", "ReduceLogSum", "ReduceLogSumExp"),
+    }
+)
+"""What they sum up neither goes in nor comes out, so that no range tells of it."""
+
+_AVERAGING: Final = frozenset({"GlobalAveragePool", "ReduceMean"})
 HEADROOM: Final = 2
 """Times what was seen that has to be in range: data to come may go further."""
 BY_HAND: Final = "it was told to stay"
@@ -35,6 +50,11 @@ BY_HAND: Final = "it was told to stay"
 # What a mask goes through, from the constant to the Softmax that it switches something off in.
 _PASSING: Final = MOVING | {"Add", "Sub", "Where", "Min", "Max", "Concat"}
 _STAYING_INPUTS: Final = frozenset({("Resize", 1)})  # the region of interest: coordinates
+
+
+def means(graph: onnx.GraphProto) -> dict[str, str]:
+    """The tensors that are means over another one, and over which."""
+    return {node.output[0]: node.input[0] for node in graph.node if node.op_type in _AVERAGING}
 
 
 @dataclass
@@ -54,27 +74,31 @@ def make_plan(
     types: Mapping[str, int],
     low: Low,
     keep_io: bool,
-    ranges: Mapping[str, Range],
+    seen: Extremes,
     keep: Collection[str],
 ) -> Plan:
-    """`ranges` are those of values that were seen, of none if nothing was run."""
+    """`seen` is what values were, of no tensor if nothing was run."""
     graph = model.graph
     weights = {t.name: t for t in graph.initializer if t.data_type == FLOAT}
     for node in graph.node:
         if node.op_type == "Constant" and (tensor := constant_tensor(node)) is not None:
             weights[node.output[0]] = tensor
-    values = (*graph.input, *graph.output) if keep_io else ()
-    border = {value.name for value in values if types.get(value.name) == FLOAT}
-    planner = _Planner(model, types, weights, low)
+    planner = _Planner(model, types, weights, low, seen)
     verdicts = []
     for node in graph.node:
         verdict = planner.verdict(node)
         narrow = verdict.inputs | verdict.outputs
-        if narrow and (reason := BY_HAND if node.name in keep else planner.beyond(node, ranges)):
+        if narrow and (reason := BY_HAND if node.name in keep else planner.beyond(node)):
             verdict.stay(reason)
         verdicts.append(verdict)
+    staying = planner.staying_ends(graph)
+    ends = {value.name for value in (*graph.input, *graph.output)}
+    border = {name for name in ends if types.get(name) == FLOAT and (keep_io or name in staying)}
     lift(graph, types, set(weights), verdicts, border, low)
-    return Plan(types, weights, verdicts, planner.notes(verdicts), border)
+    notes = planner.notes(verdicts)
+    if not keep_io:
+        notes += [f"{name!r} stays float32: {reason}" for name, reason in staying.items()]
+    return Plan(types, weights, verdicts, notes, border)
 
 
 class _Planner:
@@ -86,16 +110,21 @@ class _Planner:
         types: Mapping[str, int],
         weights: Mapping[str, onnx.TensorProto],
         low: Low,
+        seen: Extremes,
     ) -> None:
         self._types = types
+        self._seen = seen
         self._low = low
         self._nodes = model.graph.node
         self._opsets = {entry.domain: entry.version for entry in model.opset_import}
         self._opsets[""] = self._opsets.get("", self._opsets.get("ai.onnx", 1))
         self._functions = {(function.domain, function.name) for function in model.functions}
         self._weights = dict(weights)
+        self._tensors = constant_tensors(model.graph)
+        self._dequantizing: dict[str, onnx.NodeProto] = {}  # by the weight that they make
         self._origin = {name: name for name in weights}  # also through nodes that only move values
         self._fits: dict[str, Fit] = {}
+        self._sizes: dict[str, float] = {}
         self._clamped: dict[str, Fit] = {}
         self._switched: set[str] = set()  # tensors that clamped constants lead out of the range
         self._ahead: set[str] = set()  # operators that take the type only in a later opset
@@ -114,6 +143,12 @@ class _Planner:
             return verdict
         elif reason := _STAYING.get(node.op_type):
             verdict.reason = reason
+            given = {name for name in node.input if name}
+            if node.op_type == "DequantizeLinear" and given <= self._tensors.keys():
+                self._dequantizing[node.output[0]] = node
+                self._origin[node.output[0]] = node.output[0]
+        elif node.op_type in _SUMMING and self._low.name == "fp16" and not _foreign(node):
+            verdict.reason = "what it sums up inside soon leaves fp16"
         elif None in here:
             verdict.reason = f"the type of {names[here.index(None)]!r} is unknown"
         elif NOT_A_TENSOR in here:
@@ -201,46 +236,93 @@ class _Planner:
                 return loss
         return ""
 
-    def beyond(self, node: onnx.NodeProto, ranges: Mapping[str, Range]) -> str:
+    def beyond(self, node: onnx.NodeProto) -> str:
         """Why values that were seen keep the node in float32; empty if they do not."""
-        floats = [name for name in (*node.input, *node.output) if self._types.get(name) == FLOAT]
-        if any(self._origin.get(name) in self._clamped for name in node.input) or (
+        switched = any(self._origin.get(name) in self._clamped for name in node.input) or (
             node.op_type in _PASSING and not self._switched.isdisjoint(node.input)
-        ):
+        )
+        for name in (*node.input, *(() if switched else node.output)):
+            if self._types.get(name) == FLOAT and (leaving := self._leaving(name)):
+                return f"{name!r} {leaving}"
+        total = self._seen.sums.get(node.output[0], 0.0)
+        if total * HEADROOM > self._low.limit:
+            limit = f"{self._low.name} {self._low.limit:.6g}"
+            return f"the sums that it makes means of reach {total:.6g}, and {limit}"
+        if switched:
             self._switched.update(node.output)
-        for name in floats:
-            size = ranges[name].size if name in ranges and name not in self._switched else 0.0
-            if size * HEADROOM > self._low.limit:
-                return f"{name!r} reaches {size:.6g}, and {self._low.name} {self._low.limit:.6g}"
-            if 0 < size < self._low.normal:
-                return f"{name!r} is at most {size:.6g}, where {self._low.name} has few digits left"
         return ""
 
-    def _weight_loss(self, name: str, op: str) -> str:
-        from onnx import numpy_helper
+    def _leaving(self, name: str) -> str:
+        """Weights are judged elsewhere, and clamped constants lead out of the range on purpose."""
+        ranges = self._seen.ranges
+        if name not in ranges or name in self._origin or name in self._switched:
+            return ""
+        size = ranges[name].size
+        if size * HEADROOM > self._low.limit:
+            return f"reaches {size:.6g}, and {self._low.name} {self._low.limit:.6g}"
+        if 0 < size < self._low.normal:
+            return f"is at most {size:.6g}, where {self._low.name} has few digits left"
+        return ""
 
-        if name not in self._fits:
-            self._fits[name] = Fit.of(numpy_helper.to_array(self._weights[name]), self._low)
-        fit = self._fits[name]
+    def staying_ends(self, graph: onnx.GraphProto) -> dict[str, str]:
+        """The inputs and outputs that cannot be narrow, and why."""
+        found = {}
+        inputs = (value.name for value in graph.input if value.name not in self._weights)
+        for name in (*inputs, *(value.name for value in graph.output)):
+            if self._types.get(name) != FLOAT:
+                continue
+            origin = self._origin.get(name, name)
+            if origin in self._dequantizing:
+                reason = self._weight_loss(origin, "")
+            elif origin in self._weights:
+                reason = replace(self._fit(origin), switches=False).loss(origin, "")
+            else:
+                leaving = self._leaving(name)
+                reason = leaving and f"it {leaving}"
+            if reason:
+                found[name] = reason
+        return found
+
+    def _weight_loss(self, name: str, op: str) -> str:
+        if name in self._dequantizing:
+            if name not in self._sizes:
+                self._sizes[name] = dequantized_size(self._dequantizing[name], self._tensors)
+            return self._low.loss(name, self._sizes[name])
+        fit = self._fit(name)
         loss = fit.loss(name, op)
         if not loss and fit.clamped(op):
             self._clamped[name] = fit
         return loss
 
+    def _fit(self, name: str) -> Fit:
+        from onnx import numpy_helper
+
+        if name not in self._fits:
+            self._fits[name] = Fit.of(numpy_helper.to_array(self._weights[name]), self._low)
+        return self._fits[name]
+
     def notes(self, verdicts: list[Verdict]) -> list[str]:
         limit = f"±{self._low.limit:.6g}"
+        narrow: set[str] = set()
+        used = set()
+        for node, verdict in zip(self._nodes, verdicts, strict=True):
+            names = [node.input[at] for at in verdict.inputs]
+            names += [node.output[at] for at in verdict.outputs]
+            narrow.update(self._origin.get(name, name) for name in names)
+            if names:
+                used.add(node.op_type)
         notes = [
             f"{name!r} goes to {fit.largest:.6g} and was clamped to {limit}, the end of "
             f"{self._low.name}"
             for name, fit in self._clamped.items()
+            if name in narrow
         ]
-        used = {
-            n.op_type for n, v in zip(self._nodes, verdicts, strict=True) if v.inputs | v.outputs
-        }
         if ahead := sorted(self._ahead & used):
+            has = max(_schema(op).since_version for op in ahead)
             notes.append(
-                f"opset {self._opsets['']} has no bfloat16 yet for {', '.join(ahead)}: TensorRT "
-                "takes it, other engines may want a newer opset"
+                f"opset {self._opsets['']} has no bfloat16 yet for {', '.join(ahead)}, opset {has} "
+                "does: TensorRT, OpenVINO and the reference take the graph all the same, ONNX "
+                "Runtime and the full check of onnx.checker refuse it"
             )
         return notes
 

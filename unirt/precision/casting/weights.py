@@ -54,6 +54,14 @@ class Low:
         """The smallest magnitude that has all its digits."""
         return 2.0**-14 if self.name == "fp16" else 2.0**-126
 
+    def loss(self, name: str, size: float) -> str:
+        """What is wrong with a tensor of this largest magnitude; empty if nothing is."""
+        if size > self.limit:
+            return f"{name!r} goes to {size:.6g}, and {self.name} to {self.limit:.6g}"
+        if size and not float(np.float32(size).astype(self.numpy)):
+            return f"{name!r} is at most {size:.6g}, which becomes 0 in {self.name}"
+        return ""
+
 
 LOWS: Final[Mapping[str, Low]] = {
     low.name: low for low in (Low("fp16", "float16", 10, 2048), Low("bf16", "bfloat16", 16, 256))
@@ -128,6 +136,39 @@ def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
         if attribute.name == "value_floats":
             return numpy_helper.from_array(np.array(attribute.floats, np.float32))
     return None
+
+
+def constant_tensors(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Initializers, and what stands as a tensor in Constant nodes; of any type."""
+    found = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                found[node.output[0]] = attribute.t
+    return found
+
+
+def dequantized_size(node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto]) -> float:
+    """The largest magnitude of what a DequantizeLinear makes of constants. Where its scales are for
+    blocks, that which the largest scale could make.
+    """
+    from onnx import numpy_helper
+
+    levels, scale, *zero = (
+        numpy_helper.to_array(tensors[name]).astype(np.float32) for name in node.input if name
+    )
+    if not levels.size:
+        return 0.0
+    axis = next((one.i for one in node.attribute if one.name == "axis"), 1)
+    others: tuple[int, ...] | None = None
+    if scale.ndim == 1 and scale.size > 1:
+        others = tuple(one for one in range(levels.ndim) if one != axis % levels.ndim)
+    if scale.ndim > 1:
+        zero = [zero[0].min(), zero[0].max()] if zero else []
+        scale = np.abs(scale).max()
+    middles = zero or [np.zeros(1, np.float32)]
+    ends = (levels.min(others), levels.max(others))
+    return float(max(np.max(np.abs((end - one) * scale)) for end in ends for one in middles))
 
 
 def narrowed(tensor: onnx.TensorProto, low: Low, name: str) -> onnx.TensorProto:
