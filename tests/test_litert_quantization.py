@@ -271,6 +271,171 @@ def test_with_both_files_the_names_of_the_primary_are_used_for_data(images: Any)
     assert decibels(answers(both, x=rows()), answers(result.model, x=rows())) > 35
 
 
+def test_the_ranges_of_the_onnx_graph_are_carried_over_to_the_tflite(
+    images: Any, labels: Any
+) -> None:
+    """onnx2tf gave nearly all tensors other names, and other layouts."""
+    both = unirt.Model(ONNX, beside=True)
+    data = {"image": images[::4]}
+    of_onnx, of_tflite = calibrate(ONNX, data), calibrate(DIGITS, data)
+    result = quantize_tflite(both, calibration=of_onnx)
+    assert result.calibration is not None
+    assert (result.calibration.model, result.calibration.method) == (of_tflite.model, "mse")
+    assert result.calibration.check(DIGITS) == ()
+    carried = result.calibration.ranges
+    assert carried.keys() == of_tflite.ranges.keys()
+    for name, one in of_tflite.ranges.items():
+        wanted = pytest.approx((one.low, one.high), rel=1e-3, abs=1e-5)
+        assert (carried[name].low, carried[name].high) == wanted
+    assert not result.kept
+    assert result.notes == (
+        "12 of 12 tensors of the .tflite have the ranges of ONNX tensors that hold the same values "
+        "on random inputs.",
+    )
+    found = answers(result.model, image=images)
+    assert np.mean(found.argmax(1) == labels) >= 0.97
+    with unirt.load(both, "tflite:int8", calibration=of_onnx) as session:
+        assert np.array_equal(session.run(images)["logits"], found)
+
+
+def onnx_of(text: str, **weights: Any) -> Any:
+    onnx = pytest.importorskip("onnx")
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g {text}')
+    for name, value in weights.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    return proto
+
+
+def kernel(rows: int, columns: int, seed: int = 1) -> Any:
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+
+
+def test_a_batch_that_the_converter_fixed_is_that_of_the_random_inputs() -> None:
+    def fix(graph: Graph, last: int) -> None:
+        for one in (graph.tensors[0], graph.tensors[last]):
+            one.shape, one.shapeSignature = np.array([3, one.shape[1]], np.int32), None
+
+    proto = onnx_of(
+        "(float[n, 8] data) => (float[n, 4] out) { h = MatMul (data, w) out = Add (h, one) }",
+        w=kernel(4, 8).T.copy(),
+        one=np.ones(4, np.float32),
+    )
+    both = unirt.Model(onnx=proto, tflite=layers(kernel(4, 8), change=fix))
+    given = Calibration.from_ranges(proto, {"data": (-3, 2), "h": 40, "out": (-8, 9)})
+    result = quantize_tflite(both, calibration=given)
+    assert result.calibration is not None
+    assert result.calibration.ranges == {"x": Range(-3, 2), "y": Range(-8, 9)}
+    assert result.nodes == ("y",)
+
+
+def test_a_tensor_that_equals_several_gets_what_holds_all_their_ranges() -> None:
+    proto = onnx_of(
+        "(float[n, 8] data) => (float[n, 4] out)"
+        "{ same = Identity (data) h = MatMul (same, w) out = Add (h, one) }",
+        w=kernel(4, 8).T.copy(),
+        one=np.ones(4, np.float32),
+    )
+    both = unirt.Model(onnx=proto, tflite=layers(kernel(4, 8)))
+    given = Calibration.from_ranges(proto, {"data": (-1, 4), "same": (-2, 3), "out": 9})
+    result = quantize_tflite(both, calibration=given)
+    assert result.calibration is not None
+    assert result.calibration.ranges == {"x": Range(-2, 4), "y": Range(-9, 9)}
+
+
+def test_zeros_around_a_tensor_do_not_hide_it() -> None:
+    """PAD stands before CONV_2D in a .tflite, and inside Conv in ONNX."""
+    weights = np.random.default_rng(1).standard_normal((2, 3, 3, 1)).astype(np.float32)
+    graph = Graph()
+    shapes = {"x": [1, 1, 4, 4], "last": [1, 4, 4, 1], "padded": [1, 6, 6, 1], "y": [1, 4, 4, 2]}
+    x, last, padded, y = (graph.tensor(name, "float32", shapes[name]) for name in shapes)
+    shape = graph.constant("shape", np.array(shapes["last"], np.int32))
+    zeros = graph.constant("zeros", np.array([[0, 0], [1, 1], [1, 1], [0, 0]], np.int32))
+    constants = graph.constant("w", weights), graph.constant("b", np.ones(2, np.float32))
+    valid = graph.schema.Padding.VALID
+    graph.op("RESHAPE", [x, shape], [last], "ReshapeOptions", newShape=shapes["last"])
+    graph.op("PAD", [last, zeros], [padded], "PadOptions")
+    graph.op(
+        "CONV_2D", [padded, *constants], [y], "Conv2DOptions", padding=valid, strideW=1, strideH=1
+    )
+    proto = onnx_of(
+        "(float[1, 1, 4, 4] image) => (float[1, 2, 4, 4] out)"
+        "{ out = Conv <pads = [1, 1, 1, 1]> (image, w, b) }",
+        w=weights.transpose(0, 3, 1, 2).copy(),
+        b=np.ones(2, np.float32),
+    )
+    both = unirt.Model(onnx=proto, tflite=graph.write([x], [y]))
+    given = Calibration.from_ranges(proto, {"image": (-1, 2), "out": 9})
+    result = quantize_tflite(both, calibration=given)
+    assert result.calibration is not None
+    assert result.calibration.ranges["padded"] == Range(-1, 2)
+    assert "y" in result.nodes
+
+
+def test_ranges_are_not_carried_over_to_another_network() -> None:
+    proto = onnx_of(
+        "(float[n, 8] x) => (float[n, 4] y) { y = MatMul (x, w) }", w=kernel(8, 4, seed=7)
+    )
+    both = unirt.Model(onnx=proto, tflite=layers(kernel(4, 8)))
+    given = Calibration.from_ranges(proto, {"x": 3, "y": 9})
+    with pytest.raises(DataError, match="1 of 2 tensors") as caught:
+        quantize_tflite(both, calibration=given)
+    assert caught.value.missing == ("y",)
+
+
+def test_random_inputs_that_a_network_does_not_take_carry_nothing_over() -> None:
+    proto = onnx_of(
+        "(float[rows, 8] x) => (float[rows, 4] y)"
+        "{ two = Reshape (x, shape) h = MatMul (two, w) y = Add (h, one) }",
+        shape=np.array([2, 8]),
+        w=kernel(4, 8).T.copy(),
+        one=np.ones(4, np.float32),
+    )
+    both = unirt.Model(onnx=proto, tflite=layers(kernel(4, 8)))
+    given = Calibration.from_ranges(proto, {"x": 3, "y": 9})
+    with pytest.raises(DataError, match="random inputs, and that fails") as caught:
+        quantize_tflite(both, calibration=given)
+    assert isinstance(caught.value.__cause__, unirt.UnirtError)
+
+
+def test_ranges_of_the_onnx_graph_alone_are_refused_and_their_names_told(images: Any) -> None:
+    """Only the ends have one name in both."""
+    given = calibrate(ONNX, {"image": images[:8]})
+    assert {"image", "logits"} <= given.ranges.keys()
+    with pytest.raises(DataError, match=given.model[:12]) as caught:
+        quantize_tflite(DIGITS, calibration=given)
+    text = str(caught.value)
+    assert "'/features/features.0/Conv_output_0'" in text
+    assert "'wa/features/features.0/Conv_input_nhwc'" in text
+    assert "data" in caught.value.remedy
+    assert "logits" not in caught.value.missing
+    assert len(caught.value.missing) == 10
+
+
+def test_ranges_that_are_missing_are_told() -> None:
+    own = Calibration.from_ranges(two_layers(), {"x": 4, "layer0": 20})
+    (note,) = quantize_tflite(two_layers(), calibration=own).notes
+    assert note.startswith("Without a range: 'y'.")
+    with pytest.raises(DataError, match="'layer0', for one, has none") as caught:
+        quantize_tflite(two_layers(), calibration=Calibration.from_ranges(two_layers(), {"x": 4}))
+    assert caught.value.missing == ("layer0", "y")
+    whole = own.with_ranges({"y": (-9, 50)})
+    assert quantize_tflite(two_layers(), calibration=whole).notes == ()
+
+
+def test_ranges_by_hand_work_beside_an_onnx_graph_of_other_names() -> None:
+    proto = onnx_of(
+        "(float[n, 8] data) => (float[n, 4] out) { h = MatMul (data, w) out = Add (h, one) }",
+        w=kernel(4, 8).T.copy(),
+        one=np.ones(4, np.float32),
+    )
+    content = layers(kernel(4, 8))
+    both = unirt.Model(onnx=proto, tflite=content)
+    given = Calibration.from_ranges(content, {"x": (-2, 3), "y": 9})
+    result = quantize_tflite(both, calibration=given)
+    assert (result.nodes, result.notes) == (("y",), ())
+    assert tensor(result.model, "x_quantized").scales == pytest.approx([5 / 255])
+
+
 def test_kept_operators_stay_in_float32(images: Any) -> None:
     reference = answers(DIGITS, image=images)
     every = quantize_tflite(DIGITS, {"image": images})
@@ -373,7 +538,7 @@ def test_values_that_are_not_finite_are_refused_with_their_sample(value: float) 
 
 
 def test_a_calibration_of_another_network_is_refused(images: Any) -> None:
-    with pytest.raises(ModelError, match="not one of"):
+    with pytest.raises(DataError, match="found on another file"):
         quantize_tflite(two_layers(), calibration=calibrate(DIGITS, {"image": images[:8]}))
 
 

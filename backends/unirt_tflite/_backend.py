@@ -19,6 +19,7 @@ from unirt import (
     BackendError,
     Device,
     Engine,
+    EngineReport,
     InputError,
     ModelFile,
     OptionError,
@@ -28,6 +29,7 @@ from unirt import (
     host_devices,
     option,
 )
+from unirt_tflite import _layers
 
 # Distribution -> the module that holds its Interpreter; the first one that works is used.
 LIBRARIES = {
@@ -210,6 +212,9 @@ class TFLiteEngine(Engine):
 
     def _new_session(self) -> Session:
         return TFLiteSession(self)
+
+    def _inspect(self) -> EngineReport:
+        return _layers.read_layers(self.interpreter(), self._settings.kernels, self._file)
 
     def _close(self) -> None:
         self._spare.clear()

@@ -8,7 +8,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
@@ -28,6 +28,7 @@ from unirt.precision.calibration.calibrate import CalibrationData, observe_with
 from unirt.precision.calibration.histogram import PERCENTILE, Method, check_method
 from unirt.precision.calibration.ranges import Calibration, Range
 from unirt.precision.names import check_option, nearest
+from unirt.precision.quantization.carry import carry_over
 from unirt.precision.quantization.placement import BY_HAND
 from unirt.precision.tflite import (
     PRODUCTS,
@@ -49,6 +50,7 @@ INSTALL: Final = "pip install 'unirt[litert-quantizer]'"
 
 _FULL: Final = 2**31 - 1
 _INSERTED: Final = frozenset({"QUANTIZE", "DEQUANTIZE"})
+_LISTED: Final = 3  # tensors without a range that are named
 _SCOPE: Final = 10_000  # characters of an operator's scope that ai-edge-quantizer looks at
 
 
@@ -85,16 +87,19 @@ def quantize_tflite(
 
     `int8` quantizes weights, by output channel, and activations, asymmetric and by tensor, to the
     ranges of `calibration`, or to those that `calibrate` finds by `method` on `data`: give one of
-    the two. `int8-dynamic` stores weights in int8 and has LiteRT find each activation's range while
-    it runs, `int8-weights` stores weights in int8 and computes in float32; neither needs data.
-    Operators named in `keep`, by their first output, stay in float32, and so do those in subgraphs,
-    those that read or give a tensor without a range, and those whose bias int32 cannot hold.
+    the two. If the model has both files, a calibration of its ONNX graph is carried over to the
+    tensors of the .tflite that hold the same values. `int8-dynamic` stores weights in int8 and has
+    LiteRT find each activation's range while it runs, `int8-weights` stores weights in int8 and
+    computes in float32; neither needs data. Operators named in `keep`, by their first output, stay
+    in float32, and so do those in subgraphs, those that read or give a tensor without a range, and
+    those whose bias int32 cannot hold.
 
     Raises OptionError for an unknown precision, method or operator, and for data with a
     calibration; DataError and InputError for data that cannot be used, and without any that is
-    needed; ModelError for a model without .tflite, a quantized or damaged one, one with nothing to
-    quantize, and a calibration of another model; BackendUnavailable without LiteRT or
-    ai-edge-quantizer; BackendError where they refuse the model.
+    needed, DataError for a calibration of other tensors (`missing`: those without a range);
+    ModelError for a model without .tflite, a quantized or damaged one, and one with nothing to
+    quantize; BackendUnavailable without LiteRT or ai-edge-quantizer; BackendError where they refuse
+    the model.
     """
     _check(precision, data, calibration)
     check_method(method, percentile)
@@ -120,7 +125,8 @@ def quantize_tflite(
         calibration = seen.calibration(method, percentile=percentile)
         notes += calibration.notes
     elif calibration is not None:
-        notes += calibration.check(source)
+        calibration, told = _fitting(calibration, whole, source, main, keep)
+        notes += told
     else:
         raise DataError(
             f"{whole.name} cannot be quantized to int8 without data.",
@@ -131,8 +137,7 @@ def quantize_tflite(
     kept = dict.fromkeys(keep, BY_HAND)
     if precision == "int8":
         for operator in main.operators:
-            lacking = _lacking(operator, main, ranges)
-            if lacking is not None:
+            for lacking in _lacking(operator, main, ranges):
                 kept.setdefault(operator.name, f"its tensor {lacking!r} has no range")
     while True:
         result = _written(vendor, content, graphs, precision, ranges, kept, whole.name)
@@ -254,15 +259,87 @@ def _quantizer() -> Any:
 
 def _lacking(
     operator: TFLiteOperator, graph: TFLiteGraph, ranges: Mapping[str, Range]
-) -> str | None:
-    """A float32 tensor of an operator that is not constant and has no range."""
+) -> Iterator[str]:
+    """The float32 tensors of an operator that are not constant and have no range."""
     for index in (*operator.inputs, *operator.outputs):
         if index < 0:
             continue
         tensor = graph.tensors[index]
         if tensor.dtype == "float32" and not tensor.constant and tensor.name not in ranges:
-            return tensor.name
-    return None
+            yield tensor.name
+
+
+def _fitting(
+    calibration: Calibration,
+    whole: Model,
+    source: Model,
+    graph: TFLiteGraph,
+    keep: Collection[str],
+) -> tuple[Calibration, list[str]]:
+    """The calibration by the names in the .tflite, and sentences on what of it fits.
+
+    One of the model's ONNX file is carried over. Raises DataError where no product has what it
+    needs.
+    """
+    onnx = whole.file(["onnx"])
+    names = {tensor.name for tensor in graph.tensors}
+    notes: list[str] = []
+    if onnx is not None and calibration.model == onnx.hash:
+        try:
+            calibration = carry_over(calibration, whole)
+        except UnirtError as error:
+            raise DataError(
+                f"The ranges of {whole.name}'s ONNX file cannot be carried over to its .tflite.",
+                "Which tensors they belong to is found by running both on random inputs, and that "
+                f"fails: {error.what} {error.why}",
+                "Give data instead of the calibration: the ranges are found on the .tflite then.",
+            ) from error
+        notes += calibration.notes[-1:]
+    operators = [one for one in graph.operators if one.name not in keep]
+    products = [one for one in operators if one.kind in PRODUCTS]
+    lacking = {one.name: list(_lacking(one, graph, calibration.ranges)) for one in operators}
+    missing = tuple(dict.fromkeys(name for found in lacking.values() for name in found))
+    strange = [name for name in calibration.ranges if name not in names]
+    none = len(strange) == len(calibration.ranges)
+    if missing and (none or (products and all(lacking[one.name] for one in products))):
+        raise _unfitting(calibration, source, missing, strange, "".join(notes))
+    notes += calibration.check(source)
+    if missing:
+        listed = ", ".join(map(repr, missing[:_LISTED]))
+        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+        notes.append(
+            f"Without a range: {listed}{more}. Operators that read or give them stay in float32."
+        )
+    return calibration, notes
+
+
+def _unfitting(
+    calibration: Calibration,
+    source: Model,
+    missing: Sequence[str],
+    strange: Sequence[str],
+    carried: str,
+) -> DataError:
+    why = "None of its products has ranges for all that it reads and gives"
+    remedy = "Give data (--data) instead of a calibration, so that the ranges are found on it"
+    if strange:
+        why += (
+            f": they were found on another file (sha256 {calibration.model[:12]}…), on tensors "
+            f"such as {strange[0]!r}, and its own are called otherwise, such as {missing[0]!r}."
+        )
+        remedy += (
+            "; or, if that file is the same network as ONNX, open both as one "
+            "Model(onnx=…, tflite=…), and they are carried over."
+        )
+    else:
+        why = f"{why}; {missing[0]!r}, for one, has none. {carried}".rstrip()
+        remedy += ", or ranges for these tensors too."
+    return DataError(
+        f"{source.name} cannot be quantized to int8 with these ranges.",
+        why,
+        remedy,
+        missing=tuple(missing),
+    )
 
 
 def _written(
