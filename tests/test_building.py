@@ -553,16 +553,66 @@ def test_two_calibrations_never_share_a_plan(found: precision.Calibration, tmp_p
 def test_a_tflite_is_quantized_as_such(found: precision.Calibration) -> None:
     pytest.importorskip("ai_edge_quantizer", reason="ai-edge-quantizer is not installed")
     both = unirt.Model(DIGITS, beside=True)
-    # A calibration of the ONNX graph has no range for the tensors of the .tflite.
-    for given in (None, found):
+    # A calibration of the ONNX graph is carried over to the tensors of the .tflite.
+    for given, method in ((None, "mse"), (found, found.method)):
         with unirt.load(both, "tflite:int8", samples=IMAGES, calibration=given) as session:
             assert session.decision.quantization["recipe"] == "litert"
-            assert session.decision.quantization["calibration"]["method"] == "mse"
+            assert session.decision.quantization["calibration"]["method"] == method
             logits = session.run(TEST["image"])["logits"]
         assert np.mean(logits.argmax(1) == TEST["labels"]) >= 0.97
     with pytest.raises(unirt.DataError, match="needs the ranges"):
         unirt.build(both, "tflite:int8")
     assert "no fp8, only int8, int8w" in unirt.select(both, "tflite:fp8").excluded["tflite:fp8"]
+
+
+def overflowing() -> onnx.ModelProto:
+    """The middle of it reaches 465,000 or so, and its answers are small."""
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
+        net (float[n,4] x) => (float[n,4] y) {
+            [one] a = Gemm (x, w) [two] b = Gemm (a, v) [three] y = Gemm (b, v)
+        }""")
+    for name, size in (("w", 5e4), ("v", 1e-2)):
+        weight = (np.eye(4) * size).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+    return model
+
+
+def test_a_cast_candidate_keeps_in_float32_what_overflows_on_the_samples() -> None:
+    x = np.linspace(-9, 9, 32, dtype=np.float32).reshape(8, 4)
+    with unirt.load(overflowing(), "reference:fp16") as unseen:
+        assert not np.isfinite(unseen.run(x)["y"]).all()
+    for samples in ([x], [{"x": x}]):
+        with unirt.load(overflowing(), "reference:fp16", samples=samples) as session:
+            assert np.isfinite(session.run(x)["y"]).all()
+            assert "stay one, two: 'a' reaches 450000" in session.decision.notes[0]
+
+
+def test_a_cast_of_other_samples_is_another_engine(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX builds it")
+
+    def cached(x: np.ndarray[Any, Any]) -> bool:
+        options = {"cache": tmp_path}
+        with unirt.build(
+            overflowing(), "tensorrt@aot:fp16", samples=[x], options=options
+        ) as engine:
+            return bool(engine.facts["cached"])
+
+    one = np.ones((8, 4), np.float32)
+    assert not cached(one)
+    assert cached(one.copy())
+    assert not cached(2 * one)
+
+
+def test_what_tensorrt_does_not_quantize_it_computes_in_fp16() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX builds it")
+    with unirt.build(DIGITS, "tensorrt@aot:int8", samples=IMAGES[:1]) as engine:
+        assert engine.facts["quantization"]["rest"] == "fp16"
+        assert "what is not quantized was cast to fp16" in engine.notes
+        precisions = engine.inspect().precisions
+    assert precisions["float16"] > precisions.get("float32", 0)
+    assert precisions["int8"]
+    with unirt.build(DIGITS, "onnxruntime:int8", samples=IMAGES[:1]) as engine:
+        assert engine.facts["quantization"]["rest"] == "fp32"
 
 
 def test_a_tflite_wants_the_package_that_quantizes_it(monkeypatch: pytest.MonkeyPatch) -> None:

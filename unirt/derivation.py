@@ -15,12 +15,14 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from unirt.arrays import admit
 from unirt.backend import Backend
 from unirt.data import Samples
 from unirt.devices import host_devices
 from unirt.errors import (
     BackendUnavailable,
     DataError,
+    InputError,
     ModelError,
     OptionError,
     UnirtError,
@@ -47,6 +49,7 @@ DTYPES = {
     "fp4": "float4_e2m1fn",
 }
 CASTS = ("fp16", "bf16")
+_CAST_CALLS = 32  # samples of an array, or calls: what comes next is measured on all of them
 # What `unirt.precision.quantize` calls them.
 QUANTIZATIONS = {
     "int8": "int8",
@@ -72,8 +75,9 @@ class Ranges:
 
     It was given, or is made of the data when the first candidate needs it; if that fails, then for
     every candidate. The tensors of a .tflite are others than those of the ONNX graph, so that it
-    has a calibration of its own, of the same data. `used` are those that served, by format, and
-    `seen` all that values were, so far as it is known.
+    has a calibration of its own, of the same data, unless that of the ONNX graph was given, which
+    is carried over. `used` are those that served, by format, and `seen` all that values were, so
+    far as it is known.
     """
 
     def __init__(
@@ -92,21 +96,33 @@ class Ranges:
     def for_candidate(self, candidate: Candidate, file: ModelFile) -> Calibration:
         """Raises DataError if there is neither a calibration nor data, and what calibrating raises.
 
-        A calibration that was given is taken as it is, but for a .tflite that it is not of where
-        there is data too.
+        A calibration that was given is taken as it is, but for a .tflite, where there is data too
+        and it is of neither of the model's files.
         """
         kind = file.format
         if kind in self._errors:
             raise self._errors[kind]
         if kind not in self.used:
+            files = {one.hash for one in self._model.formats.values()} if self.given else set()
             own = kind == "onnx" or not self._data
-            if self.given is not None and (own or self.given.model == file.hash):
+            if self.given is not None and (own or self.given.model in files):
                 self.used[kind] = self.seen[kind] = self.given
             elif self._data:
                 self._calibrate(kind)
             else:
                 raise self._missing(candidate)
         return self.used[kind]
+
+    @property
+    def first(self) -> Samples | Sequence[Any]:
+        """As much of the data as casts look at."""
+        data = self._data
+        if not isinstance(data, Samples):
+            return data[:_CAST_CALLS]
+        count = min(data.count, max(_CAST_CALLS, data.fixed_batch or 0))
+        arrays = data.inputs.items()
+        inputs = {name: a if name in data.shared else a[:count] for name, a in arrays}
+        return replace(data, inputs=inputs, count=count, labels=None)
 
     def _calibrate(self, kind: str) -> None:
         from unirt.precision.calibration.calibrate import observe_with
@@ -209,8 +225,10 @@ class Quantization:
             return done.model.primary.read(), notes
         try:
             cast = precision.cast(done.model, rest, ranges=self._seen)
-        except ModelError:  # nothing is left to cast
-            return done.model.primary.read(), notes
+        except ModelError as error:
+            if "kept" in error.facts:  # nothing is left to cast
+                return done.model.primary.read(), notes
+            cast = precision.cast(done.model, rest)  # the ranges are another network's, as is told
         wide = {name: why for name, why in cast.kept.items() if why != SCALES}
         told = f"what is not quantized was cast to {rest}"
         return cast.model.primary.read(), (*notes, told, *cast.notes, *_kept(wide))
@@ -265,8 +283,11 @@ def derived(
         )
     way = _way(candidate.precision, file)
     if way == "cast":
-        make = partial(_cast, model, candidate.precision)
-        return Model.derived(file, make, f"cast to {candidate.precision}", model.name), None
+        first = ranges.first
+        digest = _digest(model, first) if first else ""
+        make = partial(_cast, model, candidate.precision, first if digest else ())
+        how = f"cast to {candidate.precision}{f' on {digest}' if digest else ''}"
+        return Model.derived(file, make, how, model.name), None
     if way == "quantize":
         needed = candidate.precision not in WEIGHTS_ONLY
         calibration = ranges.for_candidate(candidate, file) if needed else None
@@ -361,11 +382,38 @@ def _is_in(file: ModelFile, precision: str) -> bool:
     return DTYPES[precision] == _dtype(file) and precision not in WEIGHTS_ONLY
 
 
-def _cast(model: Model, precision: Any) -> tuple[bytes, tuple[str, ...]]:
+def _cast(model: Model, precision: Any, data: Any) -> tuple[bytes, tuple[str, ...]]:
+    """The graph, and sentences on it. What leaves the range on the data stays in float32."""
     from unirt.precision import cast
 
-    done = cast(model, precision)
-    return done.model.primary.read(), (*done.notes, *_kept(done.kept))
+    unseen: tuple[str, ...] = ()
+    try:
+        done = cast(model, precision, data=data or None)
+    except UnirtError as error:
+        if not data or "kept" in error.facts:
+            raise
+        done = cast(model, precision)
+        unseen = (f"which values leave the range of {precision} was not found out: {error}",)
+    return done.model.primary.read(), (*done.notes, *unseen, *_kept(done.kept))
+
+
+def _digest(model: Model, data: Samples | Sequence[Any]) -> str:
+    """Of all values, by name; empty for what cannot be read from here."""
+    found = hashlib.sha256()
+    try:
+        feeds = (
+            [data.inputs]
+            if isinstance(data, Samples)
+            else [admit(feed, model.inputs, "cpu") for feed in data]
+        )
+    except InputError:
+        return ""
+    for feed in feeds:
+        for name, array in feed.items():
+            found.update(f"{name} {array.dtype} {array.shape} ".encode())
+            is_text = array.dtype.kind in "OU"
+            found.update(repr(array.tolist()).encode() if is_text else array.tobytes())
+    return found.hexdigest()
 
 
 def _kept(kept: Mapping[str, str]) -> Iterable[str]:
