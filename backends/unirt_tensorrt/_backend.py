@@ -40,6 +40,11 @@ RUN_SIDE = {
 }
 
 
+def _has_int8_convolutions(library: _library.Library) -> bool:
+    version = tuple(map(int, library.version.split(".")[:2]))
+    return not library.is_rtx or version >= (1, 7)
+
+
 class TensorRTBackend(Backend):
     name = "tensorrt"
     formats = ("onnx",)
@@ -52,8 +57,7 @@ class TensorRTBackend(Backend):
             library = _library.load()
         except Exception:  # noqa: BLE001 - the probe says what is wrong with it
             return "tensorrt"
-        old = library.is_rtx and tuple(map(int, library.version.split(".")[:2])) < (1, 7)
-        return "tensorrt-rtx" if old else "tensorrt"
+        return "tensorrt" if _has_int8_convolutions(library) else "tensorrt-rtx"
 
     def _probe(self) -> Availability:
         try:
@@ -155,8 +159,13 @@ class TensorRTBackend(Backend):
         content = file.read()
         graph = onnx.load_model_from_string(content)
         folder = file.path.parent if file.path else None
-        prepared = _graph.prepare(graph, folder, is_rtx=library.is_rtx)
-        if prepared.repairs or prepared.notes:
+        prepared = _graph.prepare(
+            graph,
+            folder,
+            is_rtx=library.is_rtx,
+            int8_convolutions=_has_int8_convolutions(library),
+        )
+        if prepared.changed:
             graph = prepared.model
             content = graph.SerializeToString()
         for text in (*prepared.repairs, *prepared.warnings):

@@ -49,28 +49,35 @@ _SYMMETRIC = "Quantize it again, symmetrically: int8 with zero point 0."
 @dataclass(frozen=True)
 class Prepared:
     """A graph that TensorRT takes literally. `repairs` tell what was rewritten, in sentences,
-    `notes` what was for speed alone, and `warnings` what stayed although it costs speed or digits.
+    `notes` what was for speed alone, and `warnings` what costs speed or digits.
     """
 
     model: onnx.ModelProto
     repairs: tuple[str, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    changed: bool = False
 
 
 def prepare(
-    model: onnx.ModelProto, folder: Path | None = None, *, is_rtx: bool = False
+    model: onnx.ModelProto,
+    folder: Path | None = None,
+    *,
+    is_rtx: bool = False,
+    int8_convolutions: bool = True,
 ) -> Prepared:
     """Checks the model and repairs it, in place or as a copy.
 
     `folder` is where its external data lies, of which only what a repair needs is read. Answers
     stay the same, but for the rounding of 16-bit scales. TensorRT for RTX gets quantized weights
-    as its kernels are right and fast with. Raises BuildError, with `node` and `operator` where it
-    is one node's fault, for what TensorRT would get wrong or cannot do.
+    as its kernels are right and fast with. Without `int8_convolutions`, which its release does not
+    have, those compute in floats. Raises BuildError, with `node` and `operator` where it is one
+    node's fault, for what TensorRT would get wrong or cannot do.
     """
     _refuse_borders(model.graph)
     model = _inlined(model)
     repairs, warnings, notes = _Messages(), _Messages(), _Messages()
+    changed = False
     for part in _Part(model.graph, None, folder, _all_names(model.graph)).all():
         _refuse_integer_operators(part)
         _fold_biases(part, repairs)
@@ -80,11 +87,14 @@ def prepare(
         if is_rtx:
             _spread_scales(part, repairs)
             _turn_matrices(part, notes)
+        if not int8_convolutions:
+            _dequantize_convolutions(part, warnings)
         _widen_scales(part, repairs)
         _tell_unfused(part, warnings)
         _tell_doubles(part, warnings)
-        part.finish()
-    return Prepared(model, repairs.sentences(), warnings.sentences(), notes.sentences())
+        changed |= part.finish()
+    sentences = (one.sentences() for one in (repairs, warnings, notes))
+    return Prepared(model, *sentences, changed)
 
 
 class _Messages:
@@ -247,8 +257,10 @@ class _Part:
         """The tensor's declared type no longer holds."""
         self._retyped.add(name)
 
-    def finish(self) -> None:
-        """Writes the nodes back, without the constants that nothing reads any more."""
+    def finish(self) -> bool:
+        """Writes the nodes back, without the constants that nothing reads any more. Returns whether
+        anything was changed.
+        """
         unused = {n for n in self._replaced if not self.readers(n) and n not in self._outputs}
         for field in (self.graph.initializer, self.graph.input, self.graph.value_info):
             for index in reversed(range(len(field))):
@@ -266,6 +278,7 @@ class _Part:
         if len(nodes) != len(self.nodes) or any(self._before.values()) or any(self._after.values()):
             del self.graph.node[:]
             self.graph.node.extend(nodes)
+        return bool(self._replaced or self._made or self._removed)
 
     def _know(self, node: onnx.NodeProto) -> None:
         for name in node.output:
@@ -489,6 +502,45 @@ def _spread_scales(part: _Part, repairs: _Messages) -> None:
                     part.set_input(link, position, part.constant(name, suffix, spread, kind))
         text = "fp8 convolutions with one scale, which TensorRT for RTX computes wrongly, got one "
         repairs.add(f"{text}for each channel", _label(node))
+
+
+def _dequantize_convolutions(part: _Part, warnings: _Messages) -> None:
+    """Float weights, of the rounded values, in convolutions of two int8 tensors: the same answers
+    from another kernel.
+    """
+    for node in part.of("DequantizeLinear"):
+        readers = [reader for _, reader in _weight_readers(part, node)]
+        if _quantized_type(part, node) != INT8 or not any(
+            reader.op_type in ("Conv", "ConvTranspose") and _is_dequantized(part, reader.input[0])
+            for reader in readers
+        ):
+            continue
+        chain = _weight_chain(part, node)
+        values, scale = part.array(chain[0].input[0]), part.array(node.input[1])
+        if values is None or scale is None:
+            continue
+        wide = scale.astype(np.float32)
+        factors = _spread(wide, node, values.shape)
+        if len(chain) > 1:
+            low, high = _RANGE[INT8]
+            values = np.clip(np.rint(values.astype(np.float32) / factors), low, high)
+        element_type = _attribute(node, "output_dtype") or part.element_type(node.input[1])
+        for link in chain:
+            part.remove(link)
+        part.put_constant(node.output[0], values.astype(np.float32) * factors, element_type)
+        for reader in readers:
+            warnings.add(
+                "int8 convolutions, for which this release has no kernels, compute in floating "
+                "point on the rounded values",
+                _label(reader),
+            )
+
+
+def _is_dequantized(part: _Part, name: str) -> bool:
+    maker = part.maker(name)
+    while maker is not None and maker.op_type in (*_MOVING, "Cast"):
+        maker = part.maker(maker.input[0])
+    return maker is not None and maker.op_type == "DequantizeLinear"
 
 
 def _turn_matrices(part: _Part, notes: _Messages) -> None:

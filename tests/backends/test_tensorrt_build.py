@@ -295,7 +295,6 @@ BAD: dict[str, tuple[Callable[[], bytes], str | None, str | None, str, str]] = {
         "symmetric quantization only",
         "every zero point 0",
     ),
-    "an int8 convolution": (g.int8_convolution, None, None, "no int8 convolution", "fp8"),
     "float64": (
         lambda: one("double", "y = Relu(x)"),
         None,

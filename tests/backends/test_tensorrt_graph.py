@@ -590,6 +590,42 @@ def test_quantized_matrices_are_turned_for_the_kernels_of_rtx(
     assert built(prepared.model)[0]
 
 
+@pytest.mark.parametrize("rounded_here", [False, True])
+@pytest.mark.parametrize("operator", ["Conv", "ConvTranspose"])
+def test_int8_convolutions_compute_in_floats_where_a_release_has_none(
+    operator: str, rounded_here: bool
+) -> None:
+    axis = 0 if operator == "Conv" else 1
+    first = f"[wq] wq = QuantizeLinear <axis = {axis}> (w, ws, wz)" if rounded_here else ""
+    model = graph(
+        f"""g (float[1,4,6,6] x) => (float[1,N,H,W] y) {{
+            [xq] xq = QuantizeLinear (x, s, z) [xd] xd = DequantizeLinear (xq, s, z) {first}
+            [wd] wd = DequantizeLinear <axis = {axis}> ({"wq" if first else "w"}, ws, wz)
+            [conv] y = {operator} (xd, wd)
+        }}""",
+        {
+            "s": np.float32(1 / 16),
+            "z": np.int8(0),
+            "w": uniform(4, 4, 3, 3)
+            if rounded_here
+            else RANDOM.integers(-127, 128, (4, 4, 3, 3)).astype(np.int8),
+            "ws": RANDOM.uniform(0.01, 0.02, 4).astype(np.float32),
+            "wz": np.zeros(4, np.int8),
+        },
+    )
+    feed = {"x": uniform(1, 4, 6, 6)}
+    expected = ReferenceEvaluator(model).run(None, feed)[0]
+    assert not prepare(graph_copy(model), is_rtx=True).changed
+    prepared = prepare(model, is_rtx=True, int8_convolutions=False)
+    assert "('conv')" in prepared.warnings[0]
+    assert [n.op_type for n in prepared.model.graph.node] == [
+        *("QuantizeLinear", "DequantizeLinear", operator)
+    ]
+    got = ReferenceEvaluator(prepared.model).run(None, feed)[0]
+    np.testing.assert_array_equal(got, expected)
+    assert built(prepared.model)[0]
+
+
 def test_matrices_that_others_read_too_or_that_are_as_wanted_are_not_turned() -> None:
     shared = MATMUL.replace("(float[8,16] y)", "(float[8,16] y, float[32,16] t)").replace(
         "[mm]", "[other] t = Neg (wd) [mm]"
