@@ -604,7 +604,9 @@ def wishes(arguments: argparse.Namespace, on_gpu: bool) -> list[Wish]:
     return first + rest + others
 
 
-def checks(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def checks(
+    cells: Sequence[Mapping[str, Any]], searches: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """Figures and their targets. A cell that was not measured meets none; without cells, no check.
 
     `met` is None where there is nothing to compare: then `why` says what is missing.
@@ -644,6 +646,12 @@ def checks(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             won = _difference(qat.get("accuracy"), lost_cell.get("accuracy"))
             share = won / lost if won is not None and lost else None
             check(f"photos on {engine}: share that QAT wins back", share, ">= 0.9", [qat])
+    for row in searches:
+        what = f"{row['network']} on onnxruntime: int8 but {len(row['kept'])} nodes"
+        check(f"{what}, dB", row.get("snr_db"), ">= 35", [])
+        for engine in ("onnxruntime", "openvino"):
+            latency = row.get(f"latency_ratio_{engine}")
+            check(f"{what.replace('onnxruntime', engine)}, latency / fp32", latency, "< 1", [])
     if any(c["engine"] == "tensorrt" and c["state"] == "measured" for c in cells):
         _check_gpu(cell, check)
     measured = [c for c in cells if c["state"] == "measured"]
@@ -996,7 +1004,7 @@ def _told_cell(cell: Mapping[str, Any]) -> str:
 
 
 def _save(results: dict[str, Any], lab: Lab, folder: Path | None) -> None:
-    results["checks"] = plain(checks(results["cells"]))
+    results["checks"] = plain(checks(results["cells"], results.get("searches", ())))
     results["seconds_of_making"] = lab.made
     if lab.buffers:
         results["settings"]["buffers"] = lab.buffers
