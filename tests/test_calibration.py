@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -230,13 +231,43 @@ def test_percentiles_are_numpys_to_one_bin(kind: str, percentile: float) -> None
     assert min(highs) - histogram.width <= found.high <= max(highs) + histogram.width
 
 
+@pytest.mark.parametrize("outliers", [[1e5], [-1e5, 3e3], [1e30] * 20, [-3e38]])
+def test_some_outliers_cost_percentiles_nothing(outliers: list[float]) -> None:
+    usual = values_of("normal", 320_000)
+    values = np.append(usual, np.float32(outliers))
+    found = histogram_of(values, 3).range_by("percentile")
+    lows, highs = np.percentile(values, [0.005, 99.995], method="inverted_cdf")
+    assert found.low == pytest.approx(lows, rel=0.01)
+    assert found.high == pytest.approx(highs, rel=0.01)
+    # However they come, and among the first too, from which bins begin.
+    for other in (values[::-1], np.random.default_rng(1).permutation(values)):
+        assert histogram_of(other, 70).range_by("percentile") == found
+
+
+def test_more_outliers_than_are_kept_are_counted_all_the_same() -> None:
+    random = np.random.default_rng(2)
+    values = random.standard_normal(50_000).astype(np.float32)
+    values[:6000] *= 1e4
+    values[:3] = -(2.0**17)  # on the edge of bins
+    orders = (values, values[::-1], values[np.argsort(np.abs(values))])
+    whole, *others = (histogram_of(order, 40) for order in orders)
+    for other in others:
+        np.testing.assert_array_equal(other.coarse()[0], whole.coarse()[0])
+        for percentile in (80, 99, 99.99):
+            found = other.range_by("percentile", percentile)
+            assert found == whole.range_by("percentile", percentile)
+            outside = (100 - percentile) / 2
+            ends = np.percentile(values, [outside, 100 - outside], method="inverted_cdf")
+            np.testing.assert_allclose([found.low, found.high], ends, atol=whole.width)
+
+
 def test_the_hundredth_percentile_is_max() -> None:
     histogram = histogram_of(values_of("outliers"))
     assert histogram.range_by("percentile", 100) == histogram.range_by("max")
 
 
-@pytest.mark.parametrize("percentile", [50, 0, -1, 100.1, float("nan")])
-def test_a_percentile_keeps_most(percentile: float) -> None:
+@pytest.mark.parametrize("percentile", [50, 0, -1, 100.1, float("nan"), "a", None, True])
+def test_a_percentile_keeps_most(percentile: Any) -> None:
     with pytest.raises(OptionError, match="percentile"):
         histogram_of(values_of("few")).range_by("percentile", percentile)
 
@@ -250,6 +281,9 @@ def test_the_methods_differ() -> None:
 def test_an_unknown_method_is_named() -> None:
     with pytest.raises(OptionError, match=r"'kld'.*max, entropy, mse, percentile"):
         calibrate(DIGITS, TEST, method="kld")  # type: ignore[arg-type]
+    for wrong in (5, ["max"], np.array(["max", "mse"])):
+        with pytest.raises(OptionError, match="no calibration method"):
+            calibrate(DIGITS, TEST, method=wrong)  # type: ignore[arg-type]
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -486,10 +520,41 @@ def test_constant_activations_are_told_and_have_a_scale(method: Any) -> None:
     assert "is 0 in every sample" in found.notes[2]
 
 
+def test_what_is_next_to_0_is_not_called_0() -> None:
+    feeds = [rows(1e-41, 0, 0, -1e-42)] * 2
+    found = calibrate(scaling(), feeds, method="max")
+    assert found.ranges == dict.fromkeys(("x", "h", "y"), Range(-1, 1))
+    assert found.notes[0].startswith("'x' is at most 1e-41 in every sample, next to 0")
+    many = np.zeros((1, 100_000), np.float32)
+    many[0, 3] = 5
+    model = graph("g (float[n, m] x) => (float[n, m] y) { y = Relu (x) }")
+    found = calibrate(model, [{"x": many}], method="percentile")
+    assert found.ranges["x"] == Range(0, 5)
+    assert "'x' is next to 0 but for outliers: its range is 0 to 5" in found.notes[0]
+
+
 def test_a_tensor_without_elements_has_no_range() -> None:
-    found = calibrate(scaling(), [{"x": np.empty((0, 4), np.float32)}])
-    assert not found.ranges
-    assert len(found.notes) == 3
+    model = graph(
+        "g (float[n, 4] x, float[k, 4] z) => (float[m, 4] y)"
+        "{ h = Mul (x, two) r = Relu (z) y = Concat <axis = 0> (h, r) }",
+        {"two": np.float32(2)},
+    )
+    empty = np.empty((0, 4), np.float32)
+    found = calibrate(model, [{"x": empty, "z": np.ones((1, 4), np.float32)}])
+    assert found.ranges.keys() == {"z", "r", "y"}
+    assert {note.split("'")[1] for note in found.notes if "no element" in note} == {"x", "h"}
+
+
+def test_samples_without_elements_are_no_data() -> None:
+    empty = {"x": np.empty((0, 4), np.float32)}
+    with pytest.raises(DataError, match="Sample 0 is empty"):
+        calibrate(scaling(), [empty])
+    with pytest.raises(DataError, match="Sample 1 is empty") as caught:
+        calibrate(scaling(), [rows(1, 2, 3, 4), empty])
+    assert caught.value.sample == 1
+    model = graph("g (float[n] x, int64 k) => (float[n] y) { y = Relu (x) }")
+    with pytest.raises(DataError, match=r"no data.*In 1 samples none of its 2 tensors"):
+        calibrate(model, [{"x": np.empty(0, np.float32), "k": np.array(3)}])
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
@@ -514,6 +579,58 @@ def test_the_first_tensor_that_is_not_finite_is_named() -> None:
     assert (caught.value.tensor, caught.value.sample) == ("y", 2)
     with pytest.raises(DataError, match="'h' holds inf"):
         calibrate(scaling(), [rows(3e38, 1, 1, 1)])
+
+
+NOT_FINITE = {
+    "log": ("y = Log (x)", -1, "Log 'Log_0' made them of finite ones", "no finite answer"),
+    "pole": ("y = Log (x)", 0, "Log 'Log_0' made them of finite ones", "no finite answer"),
+    "sum": ("[mul] y = Mul (x, huge)", 1e30, "Mul 'mul' made them of finite ones", "overflows"),
+    "below": ("c = Constant <value_float = -1e30> () [m] y = Mul (x, c)", 1e30, "'m'", "overflows"),
+    "nan": ("y = MatMul (x, bad)", 1, "MatMul 'MatMul_0' reads the weight 'bad'", "damaged"),
+    "inf": ("y = Add (x, worse)", 1, "Add 'Add_0' reads the weight 'worse'", "damaged"),
+    "masked": ("s = Add (x, mask) y = Softmax (s)", 1, "Softmax 'Softmax_1' made them. ", "answer"),
+    "whole": ("c = Cast <to = 7> (x) e = Cast <to = 1> (c) y = Div (x, e)", 0, "Div 'Div_2'", "no"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_FINITE)
+def test_the_node_that_made_it_is_named_with_what_it_made_it_of(kind: str) -> None:
+    text, value, made, remedy = NOT_FINITE[kind]
+    wrong = np.eye(4, dtype=np.float32)
+    wrong[1, 2] = np.nan
+    weights = {
+        "huge": np.float32(1e30),
+        "bad": wrong,
+        "worse": np.float32([1, np.inf, 1, 1]),
+        "mask": np.full(4, -np.inf, np.float32),
+    }
+    used = {name: array for name, array in weights.items() if name in text}
+    model = graph(f"g (float[n, 4] x) => (float[n, 4] y) {{ {text} }}", used)
+    with pytest.raises(DataError, match=made) as caught:
+        calibrate(model, [rows(value, 1, 2, 3)])
+    assert remedy in caught.value.remedy
+    assert ("overflow" in str(caught.value)) == (remedy == "overflows")
+    assert caught.value.node
+    assert repr(caught.value.node) in made
+    assert caught.value.tensor == "y"
+
+
+def test_what_was_not_seen_is_not_called_finite() -> None:
+    model = graph("g (float[n, 4] x) => (float[n, 4] y) { h = Exp (x) y = Mul (h, h) }")
+    with pytest.raises(DataError, match=r"Mul 'Mul_1' made them\. Look") as caught:
+        calibrate(model, [rows(80, 1, 2, 3)], tensors=["y"])
+    assert "overflow" not in str(caught.value)
+    with pytest.raises(DataError, match=r"'x' holds inf in sample 0.*can hold them\. Look"):
+        calibrate(model, [rows(np.inf, 1, 2, 3)])
+
+
+def test_a_graph_that_cannot_be_quantized_is_refused_before_it_runs() -> None:
+    old = graph("g (float[n, 4] x) => (float[n, 4] y) { y = Relu (x) }", opset=6, ir=3)
+    with pytest.raises(ModelError, match="in opset 6, which cannot be quantized"):
+        calibrate(old, [rows(1, 2, 3, 4)])
+    twice = graph("g (float[n, 4] x) => (float[n, 4] y) { [a] h = Relu (x) [a] y = Exp (h) }")
+    with pytest.raises(ModelError, match="2 nodes of the network are called 'a'"):
+        calibrate(twice, [rows(1, 2, 3, 4)])
 
 
 def test_a_mask_of_infinities_costs_only_its_own_range() -> None:
@@ -635,6 +752,24 @@ def test_a_saved_calibration_comes_back_and_can_be_read(
     assert [entry.name for entry in tmp_path.iterdir()] == ["digits.json"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="files have no such modes")
+def test_others_can_read_a_saved_calibration_as_they_can_other_files(
+    digits: Observations, tmp_path: Path
+) -> None:
+    path = tmp_path / "digits.json"
+    before = os.umask(0o027)
+    try:
+        digits.calibration().save(path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    link = tmp_path / "link.json"
+    link.symlink_to(path)
+    digits.calibration("max").save(link)
+    assert link.is_symlink()
+    assert Calibration.load(path).method == "max"
+
+
 def test_a_file_that_cannot_be_written_is_an_error(digits: Observations, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be saved"):
         digits.calibration().save(tmp_path / "none" / "digits.json")
@@ -746,6 +881,32 @@ def test_what_is_no_range_is_refused(value: Any, digits: Observations) -> None:
         digits.calibration("max").with_ranges({"logits": value})
 
 
+def test_what_are_no_ranges_and_no_path_is_refused(digits: Observations) -> None:
+    found = digits.calibration("max")
+    wrong: Any
+    for wrong in (5, None, ["logits"], "logits"):
+        with pytest.raises(OptionError, match="no ranges by tensor name"):
+            found.with_ranges(wrong)
+        with pytest.raises(OptionError, match="no ranges by tensor name"):
+            Calibration.from_ranges(DIGITS, wrong)
+    for wrong in (5, None, b"there"):
+        for use in (Calibration.load, found.save):
+            with pytest.raises(OptionError, match=r"of type .* is no path"):
+                use(wrong)
+
+
+def test_a_range_of_one_value_is_told(digits: Observations) -> None:
+    found = digits.calibration("max").with_ranges({"logits": (5, 5), "image": (0, 1)})
+    assert found.ranges["logits"] == Range(5, 5)
+    assert found.notes[-1].startswith("The range of 'logits' was given as the one value 5")
+    assert not any("image" in note for note in found.notes[-1:])
+
+
+def test_a_negative_magnitude_is_called_so(digits: Observations) -> None:
+    with pytest.raises(OptionError, match=r"'logits' is -1\.5.*largest magnitude.*Give 1\.5 for"):
+        digits.calibration("max").with_ranges({"logits": -1.5})
+
+
 def test_names_are_checked_where_they_are_known(digits: Observations) -> None:
     known = digits.calibration("max")
     with pytest.raises(OptionError, match="Did you mean 'logits'"):
@@ -778,6 +939,17 @@ def test_a_calibration_knows_its_model(
     assert "/features/features.0/Conv_output_0" in found.check(again)[1]
     with pytest.raises(ModelError, match="not one of"):
         found.check(scaling())
+
+
+def test_a_calibration_that_shares_less_than_half_of_its_tensors_is_another_models() -> None:
+    names = dict.fromkeys(("x", "h", "elsewhere", "lost"), Range(-1, 1))
+    half = Calibration(names, "max", 1, "0" * 64)
+    assert "2 of 4 calibrated tensors are not in" in half.check(scaling())[1]
+    less = Calibration(names | {"third": Range(-1, 1)}, "max", 1, "0" * 64)
+    with pytest.raises(ModelError, match="ranges of 5 tensors, and 3 of them") as caught:
+        less.check(scaling())
+    assert caught.value.missing == ("elsewhere", "lost", "third")
+    assert "hash differs" in Calibration({}, "max", 1, "0" * 64).check(scaling())[0]
 
 
 def test_importing_calibration_costs_no_more_than_unirt() -> None:

@@ -99,6 +99,8 @@ def test_help_and_version() -> None:
         ["run"],
         ["compare"],
         ["explain"],
+        ["calibrate"],
+        ["sensitivity"],
         ["quantize"],
         ["cast"],
         ["sparsify"],
@@ -184,6 +186,11 @@ def test_a_shell_completes_candidates_and_options(words: str, expected: list[str
         (["build", MODEL, "-c", "onnxruntime", "--hot", "img=1"], 2, "ProfileError"),
         (["inspect", MODEL, "--times"], 2, "OptionError"),
         (["inspect", MODEL, "--profile", PROFILE], 2, "OptionError"),
+        (["inspect", MODEL, "--data", TEST], 2, "OptionError"),
+        (["inspect", MODEL, "-c", "onnxruntime:int8"], 3, "DataError"),
+        (["inspect", MODEL, "-c", "onnxruntime:int8", "--data", "nosuch.npz"], 3, "DataError"),
+        (["inspect", "any.plan", "--calibration", "ranges.json"], 2, "OptionError"),
+        (["run", MODEL, "-c", "onnxruntime:int8", "--data", "nosuch.npz"], 3, "DataError"),
         (["inspect", MODEL, "-c", "reference"], 1, "BackendUnavailable"),
         (["inspect", MODEL, "-c", "reference", "--times"], 1, "BackendUnavailable"),
         (["inspect", MODEL, "-c", "onnxruntime", "-o", "openvino.threads=1"], 2, "OptionError"),
@@ -408,6 +415,19 @@ def test_build_says_what_came_of_it() -> None:
     assert "CPUExecutionProvider" in text
 
 
+def test_what_is_quantized_is_calibrated_on_data_or_by_a_file(tmp_path: Path) -> None:
+    saved = tmp_path / "ranges.json"
+    unirt("calibrate", MODEL, "--data", TEST, "-o", str(saved), "--method", "max")
+    for command in ("inspect", "build", "run"):
+        for given, method in (("--data", "mse"), ("--calibration", "max")):
+            file = TEST if given == "--data" else str(saved)
+            told = document(command, MODEL, "-c", "onnxruntime:int8", given, file)
+            found = told["engine"]["facts"] if command == "inspect" else told.get("facts")
+            quantization = (found or told.get("decision"))["quantization"]
+            assert quantization["calibration"] == {"method": method, "samples": 450}, command
+    assert "quantized to int8" in unirt("inspect", MODEL, "-c", "onnxruntime:int8", "--data", TEST)
+
+
 def test_build_saves_what_inspect_shows(tmp_path: Path) -> None:
     needs_tensorrt()
     plan = tmp_path / "digits.plan"
@@ -628,7 +648,9 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_compare_runs_the_readme_command() -> None:
     compared = document("compare", MODEL, "--data", TEST, "--seconds", "0.2")
     rows = {row["candidate"]: row for row in compared["candidates"]}
-    for row in (rows[f"{name}@cpu"] for name in sorted(ENGINES)):
+    slow = rows["reference@cpu"]
+    assert slow["eligible"] or "NumPy would take some" in slow["excluded"]
+    for row in (rows[f"{name}@cpu"] for name in sorted(ENGINES - {"reference"})):
         assert row["eligible"]
         assert row["task_accuracy"] >= 0.97
         assert row["latency"]["median_seconds"] > 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 import unirt
@@ -107,6 +109,14 @@ def bent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("unirt_bent", None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def patient() -> Iterator[None]:
+    """How fast NumPy is on this machine decides nothing here, where a test does not say so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unirt.comparison.ORACLE_SECONDS", 1e9)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model() -> unirt.Model:
     return unirt.Model(DIGITS / "digits.onnx", beside=True)
@@ -116,7 +126,7 @@ def model() -> unirt.Model:
 def everyone(model: unirt.Model) -> Comparison:
     told: list[tuple[str, float]] = []
     comparison = compare(
-        model, data=TEST, seconds=0.3, progress=lambda what, share: told.append((what, share))
+        model, data=FEW, seconds=0.3, progress=lambda what, share: told.append((what, share))
     )
     assert {"building onnxruntime@cpu", "judging answers", "timing calls"} <= {w for w, _ in told}
     assert all(0 <= share <= 1 for _, share in told)
@@ -150,7 +160,7 @@ def test_every_engine_reads_digits_and_they_agree(everyone: Comparison, backend:
     else:
         (output,) = row.errors
         assert output.name == "logits"
-        assert output.elements == 4500
+        assert output.elements == 400
         assert 0 < output.relative < 1e-5
         assert output.snr_db > 100
 
@@ -165,8 +175,8 @@ def test_the_winner_is_the_fastest_and_says_why(everyone: Comparison) -> None:
     lead = medians[1] / medians[0]
     assert ("a lead below 15% is a tie here" in everyone.why) == (lead < 1.15)
     assert everyone.batch == 1
-    assert "450 samples of test.npz with labels" in everyone.data
-    assert "64 samples a call" in everyone.notes[0]
+    assert "40 samples of the data with labels" in everyone.data
+    assert "40 samples a call" in everyone.notes[0]
 
 
 def test_a_comparison_is_json_and_text(everyone: Comparison) -> None:
@@ -383,6 +393,100 @@ def test_nan_and_inf_fail_by_every_measure(kind: str, wrong: float, share: int) 
         assert (output.error, output.max_abs, output.snr_db) == (np.inf, np.inf, -np.inf)
 
 
+@pytest.fixture(scope="module")
+def fragile() -> tuple[bytes, dict[str, Any]]:
+    """A classifier that int8 ruins, and samples on which its float32 is always right: one input
+    channel is 1,000 times as large as the others, and counts as little.
+    """
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((16, 16)).astype(np.float32)
+    weight[3] /= 1000
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "classes")],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 16])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    made = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    x = random.standard_normal((200, 16)).astype(np.float32)
+    x[:, 3] *= 1000
+    return made.SerializeToString(), {"x": x, "labels": (x @ weight).argmax(1)}
+
+
+def test_with_labels_low_precision_is_judged_by_accuracy(
+    fragile: tuple[bytes, dict[str, Any]],
+) -> None:
+    listed = ["onnxruntime", "onnxruntime:int8", "openvino:int8"]
+    kind = compare(DIGITS / "digits.onnx", listed, FEW, seconds=0.05)
+    for row in kind.rows:
+        assert row.excluded == ""
+        assert row.gate == ("accuracy" if row.candidate.precision else "error")
+    assert max(row.output_error for row in kind.rows) > 0.01
+    assert (kind.max_error, kind.max_drop) == (0.01, 0.005)
+    (note,) = (note for note in kind.notes if "decided by accuracy" in note)
+    assert "openvino@cpu:int8" in note
+    assert f"0.5 points below the reference's {kind.reference_accuracy:.2%}" in note
+    model, data = fragile
+    for name in ("onnxruntime:int8", "openvino:int8"):
+        ruined = compare(model, ["onnxruntime", name], data, seconds=0.05)
+        assert str(ruined.winner) == "onnxruntime@cpu"
+        (row,) = (row for row in ruined.rows if row.candidate.precision)
+        assert ruined.reference_accuracy == 1
+        assert row.task_accuracy < 0.9
+        assert re.search(
+            r"its accuracy is \d+\.\d\d points below the 100\.00%.*0\.5 are allowed", row.excluded
+        )
+
+
+def test_the_winner_by_accuracy_says_so() -> None:
+    comparison = compare(DIGITS / "digits.onnx", ["onnxruntime:int8"], FEW, seconds=0.05)
+    assert str(comparison.winner) == "onnxruntime@cpu:int8"
+    assert "is at most 0.5 points below the 97.50% of reference@cpu" in comparison.why
+    assert "which is its gate" in str(comparison)
+    told = json.loads(json.dumps(comparison.to_dict()))
+    assert told["max_drop"] == 0.005
+    assert told["reference_accuracy"] == 0.975
+    assert told["candidates"][0]["gate"] == "accuracy"
+
+
+def test_a_limit_that_was_given_rules_and_without_labels_the_error_does() -> None:
+    listed = ["onnxruntime", "onnxruntime:int8"]
+    strict = compare(DIGITS / "digits.onnx", listed, FEW, seconds=0.05, max_error=0.01)
+    assert "error" in strict.rows[1].excluded
+    assert {row.gate for row in strict.rows} == {"error"}
+    assert strict.max_drop is None
+    image = {"image": FEW["image"]}
+    bare = compare(DIGITS / "digits.onnx", listed, image, seconds=0.05)
+    assert "> 0.01 against" in bare.rows[1].excluded
+    assert "judged by accuracy where the data has labels" in bare.rows[1].hint
+    assert strict.rows[1].hint == ""
+
+
+def test_a_graph_in_int8_is_judged_by_accuracy_too() -> None:
+    made = precision.quantize(
+        DIGITS / "digits.onnx", precision.calibrate(DIGITS / "digits.onnx", FEW), "int8", "cpu"
+    ).model
+    comparison = compare(made, ["onnxruntime", "openvino"], FEW, seconds=0.05)
+    assert [row.gate for row in comparison.rows] == ["accuracy", "accuracy"]
+    assert comparison.winner
+
+
+def test_no_accuracy_makes_up_for_values_that_are_not_finite(
+    bent: Path, model: unirt.Model
+) -> None:
+    """All answers are wrong by these labels, so that accuracy cannot fall."""
+    data = {"image": FEW["image"], "labels": (FEW["labels"] + 1) % 10}
+    options = {"bent": {"how": "nan"}}
+    comparison = compare(model, ["bent:fp16"], data, seconds=0.05, options=options)
+    (row,) = comparison.rows
+    assert row.gate == "accuracy"
+    assert row.task_accuracy <= comparison.reference_accuracy < 0.1
+    assert "values are not finite" in row.excluded
+    assert comparison.winner is None
+
+
 # --- quantized on the way ------------------------------------------------------------------------
 
 
@@ -428,7 +532,7 @@ def test_a_calibration_that_is_given_serves_instead(
         DIGITS / "digits.onnx", ["onnxruntime:int8"], FEW, seconds=0.05, calibration=path
     )
     assert calibrations == []
-    assert "the calibration given, by percentile 99" in comparison.notes[-1]
+    assert any("the calibration given, by percentile 99" in note for note in comparison.notes)
     command = ["compare", str(DIGITS / "digits.onnx"), "onnxruntime:int8", "--seconds", "0.05"]
     command += ["--calibration", str(path), "--data", str(TEST), "--max-error", "0.5"]
     done = CliRunner().invoke(cli.app, command, env={"COLUMNS": "300"})
@@ -499,6 +603,73 @@ def test_a_model_too_large_for_numpy_is_judged_by_onnxruntime() -> None:
     assert 0 < comparison.rows[0].output_error < 1e-5
     everyone = compare(DIGITS / "digits.onnx", data=wide, seconds=0.05)
     assert "NumPy takes too long" in row_of(everyone, "reference").excluded
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """NumPy as it is on a busy machine, at 30 ms a sample; how many each of its calls held."""
+    monkeypatch.setattr("unirt.comparison.ORACLE_SECONDS", 3.0)
+    calls: list[int] = []
+    with unirt.load(DIGITS / "digits.onnx", "reference") as session:
+        numpy = type(session)
+    with unirt.load(DIGITS / "digits.onnx", "onnxruntime") as fast:
+
+        def slowly(_: Any, inputs: Mapping[str, Any]) -> Any:
+            calls.append(len(inputs["image"]))
+            time.sleep(0.03 * calls[-1])
+            return fast.run(dict(inputs))
+
+        monkeypatch.setattr(numpy, "_run", slowly)
+        yield calls
+
+
+def test_where_numpy_would_take_too_long_another_is_the_reference(
+    slow: list[int], model: unirt.Model
+) -> None:
+    comparison = compare(model, ["openvino"], TEST, seconds=0.05)
+    assert sum(slow) <= 9, "some calls tell how long all would take"
+    assert str(comparison.reference) == "onnxruntime@cpu"
+    (note,) = (note for note in comparison.notes if "NumPy" in note)
+    assert re.search(r"NumPy would take some \d+ s for all answers; .*--reference", note)
+    slow.clear()
+    everyone = compare(model, data=TEST, seconds=0.05)
+    assert sum(slow) <= 9
+    row = row_of(everyone, "reference")
+    assert "NumPy would take some" in row.excluded
+    assert "Name it" in row.hint
+    assert everyone.winner
+    slow.clear()
+    named = compare(model, data=TEST, reference="openvino", seconds=0.05)
+    assert sum(slow) <= 9
+    assert "NumPy would take some" in row_of(named, "reference").excluded
+
+
+def test_numpy_is_not_asked_sample_by_sample_because_one_candidate_is_off(
+    slow: list[int], bent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In calls of many it is fast, in calls of one it is not."""
+    monkeypatch.setattr(time, "sleep", lambda seconds, wait=time.sleep: wait(0.02))
+    options = {"bent": {"how": "scaled"}}
+    comparison = compare(DIGITS / "digits.onnx", ["bent"], TEST, seconds=0.05, options=options)
+    assert slow.count(1) <= 3
+    assert str(comparison.reference) == "onnxruntime@cpu"
+    assert "not eligible" in comparison.rows[0].excluded
+
+
+def test_who_is_named_is_waited_for(
+    slow: list[int], model: unirt.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unirt.comparison.ORACLE_SECONDS", 1.0)
+    named = compare(model, ["openvino"], FEW, reference="reference", seconds=0.05)
+    assert str(named.reference) == "reference@cpu"
+    slow.clear()
+    listed = compare(model, ["openvino", "reference"], FEW, seconds=0.05)
+    assert str(listed.reference) == "reference@cpu"
+    assert sum(slow) >= 40
+    unnamed = compare(model, ["openvino"], FEW, seconds=0.05)
+    assert str(unnamed.reference) == "onnxruntime@cpu"
+    quick = compare(model, ["openvino"], {"image": FEW["image"][:5]}, seconds=0.05)
+    assert str(quick.reference) == "reference@cpu"
 
 
 def test_without_a_trusted_engine_the_first_that_runs_is_the_reference() -> None:

@@ -302,6 +302,192 @@ def test_onnxruntime_computes_as_the_graph_says() -> None:
         assert snr_db(session.run(feed)["y"], answers(made, feed)) > 60
 
 
+# --- which engine measures ------------------------------------------------------------------------
+
+
+def saturating() -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Quantized over the full range, its sums of two products exceed 16 bits on a CPU without VNNI:
+    there an engine's integer kernels answer otherwise than the graph says.
+    """
+    random = np.random.default_rng(3)
+    weight = random.choice([-1.0, 1.0], (WIDTH, WIDTH)) + random.standard_normal((WIDTH, WIDTH)) / 9
+    model = network(
+        ("a", "MatMul", np.abs(weight)),
+        ("r", "Relu", None),
+        ("b", "MatMul", weight),
+        ("s", "Relu", None),
+        ("c", "MatMul", np.abs(weight)),
+    )
+    return model, {"x": np.abs(samples(64)["x"])}
+
+
+@pytest.fixture
+def options_used(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, str]]:
+    """The session options that onnxruntime was given, graph by graph."""
+    used: list[Mapping[str, str]] = []
+    backend = type(plugins.plugin("onnxruntime").backend)  # type: ignore[union-attr]
+    compile_ = backend._compile
+
+    def noted(self: Any, file: Any, device: Any, options: Any) -> Any:
+        used.append(dict(options.config))
+        return compile_(self, file, device, options)
+
+    monkeypatch.setattr(backend, "_compile", noted)
+    return used
+
+
+def test_a_named_engine_is_measured_as_it_runs_for_everybody(
+    options_used: list[Mapping[str, str]],
+) -> None:
+    model, feed = saturating()
+    ranges = calibrate(model, feed, method="max")
+    options_used.clear()
+    table = sensitivity(model, ranges, feed, engine="onnxruntime")
+    assert table.engine == "onnxruntime@cpu"
+    assert not any(options_used)
+    made = quantize(model, ranges, "int8", "tensorrt").model
+    with unirt.load(made, "onnxruntime") as low, unirt.load(model, "onnxruntime") as whole:
+        expected = snr_db(low.run(feed)["y"], whole.run(feed)["y"])
+    assert table.whole.snr_db == pytest.approx(expected, abs=0.01)
+
+
+def test_what_nobody_named_is_measured_as_the_graph_says(
+    options_used: list[Mapping[str, str]],
+) -> None:
+    model, feed = saturating()
+    ranges = calibrate(model, feed, method="max")
+    options_used.clear()
+    table = sensitivity(model, ranges, feed)
+    assert table.engine == "onnxruntime@cpu, Q/DQ as written"
+    assert table.to_dict()["engine"] == table.engine
+    assert {tuple(config) for config in options_used} == {("session.disable_quant_qdq",)}
+    made = quantize(model, ranges, "int8", "tensorrt").model
+    as_written = snr_db(answers(made, feed), answers(model, feed))
+    assert table.whole.snr_db == pytest.approx(as_written, abs=0.1)
+    own = sensitivity(model, ranges, feed, engine="onnxruntime", options={"threads": 1})
+    assert own.engine == "onnxruntime@cpu with threads=1"
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino@cpu"])
+def test_a_search_on_a_named_engine_certifies_what_runs_there(engine: str) -> None:
+    model, feed = with_an_outlier(), samples(300, 1)
+    ranges = calibrate(model, samples(64), method="max")
+    found = search(model, ranges, feed, min_snr=25, recipe="cpu", engine=engine)
+    assert found.met
+    assert C in found.kept
+    assert found.table.engine == f"{engine.partition('@')[0]}@cpu"
+    made = found.quantized.model
+    with unirt.load(made, engine) as low, unirt.load(model, engine) as whole:
+        ratio = snr_db(low.run(feed)["y"], whole.run(feed)["y"])
+    assert ratio >= 25
+    assert found.measured.snr_db == pytest.approx(ratio, abs=0.01)
+
+
+def test_an_engine_that_compiles_for_shapes_is_told_those_that_come(
+    outlier: unirt.Model, ranges: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    backend = type(plugins.plugin("onnxruntime").backend)  # type: ignore[union-attr]
+    compile_ = backend.compile
+
+    def noted(self: Any, *arguments: Any, profiles: Any = (), **others: Any) -> Any:
+        told.append([one.shapes for one in profiles])
+        return compile_(self, *arguments, profiles=profiles, **others)
+
+    monkeypatch.setattr(backend, "compile", noted)
+    whole = samples(300, 1)["x"]
+    sensitivity(outlier, ranges, {"x": whole}, engine="onnxruntime", nodes=[A])
+    assert told == [[{"x": ((44, WIDTH), (256, WIDTH), (256, WIDTH))}]] * 3
+    told.clear()
+    rows = [{"x": whole[:2]}, {"x": whole[:7]}]
+    sensitivity(outlier, ranges, rows, engine="onnxruntime", nodes=[A])
+    ((shapes,), *_) = told
+    assert (shapes["x"][0], shapes["x"][2]) == ((2, WIDTH), (7, WIDTH))
+    told.clear()
+    sensitivity(outlier, ranges, rows, nodes=[A])
+    assert not any(told)
+
+
+# --- labels among the inputs ----------------------------------------------------------------------
+
+
+class Anew:
+    """Makes its inputs again each time it is read."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Any:
+        for at in range(len(self.data["x"])):
+            yield {"x": self.data["x"][at : at + 1], "labels": self.data["labels"][at]}
+
+
+def labelled(count: int) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Samples of which the network gets nine in ten right."""
+    model = network(("a", "MatMul", matrix(1)), ("b", "MatMul", matrix(2)))
+    data = samples(count)
+    right = (data["x"] @ matrix(1) @ matrix(2)).argmax(1)
+    data["labels"] = np.where(np.arange(count) % 10 == 0, (right + 1) % WIDTH, right)
+    return model, data
+
+
+def test_labels_may_stand_beside_the_inputs_of_a_call() -> None:
+    model, data = labelled(60)
+    ranges = calibrate(model, data, method="max")
+    whole = sensitivity(model, ranges, data)
+    assert whole.accuracy == pytest.approx(0.9)
+    listed = [*Anew(data)]
+    threes = [
+        {"x": data["x"][at : at + 3], "labels": [*data["labels"][at : at + 3]]}
+        for at in range(0, 60, 3)
+    ]
+    for given in (listed, Anew(data), threes):
+        table = sensitivity(model, ranges, given)
+        assert table.accuracy == whole.accuracy
+        assert table.whole.accuracy == whole.whole.accuracy
+    found = search(model, ranges, Anew(data), max_drop=0.01)
+    assert found.met
+    assert found.table.samples == 60
+
+
+def test_labels_among_inputs_must_suit() -> None:
+    model, data = labelled(6)
+    ranges = calibrate(model, data, method="max")
+    rows = [*Anew(data)]
+    for wrong, told in (
+        ([*rows[:3], {"x": rows[3]["x"]}], "Call 3 has no labels"),
+        ([{"x": rows[3]["x"]}, *rows], "Call 1 has labels"),
+        ([*rows[:5], {**rows[5], "labels": WIDTH}], "has 16 classes"),
+        ([{**rows[0], "labels": 0.5}], "an integer from 0"),
+        ([{**rows[0], "labels": [1, 2]}], "fit no output"),
+    ):
+        with pytest.raises(unirt.DataError, match=told):
+            sensitivity(model, ranges, wrong)
+    with pytest.raises(unirt.DataError, match="has no labels"):
+        search(model, ranges, [{"x": row["x"]} for row in rows], max_drop=0.1)
+
+
+def test_an_input_called_labels_is_an_input() -> None:
+    model = network(("a", "MatMul", matrix(1)))
+    model.graph.input[0].name = model.graph.node[0].input[0] = "labels"
+    rows = [{"labels": samples(2, seed)["x"]} for seed in range(3)]
+    table = sensitivity(model, calibrate(model, rows, method="max"), rows)
+    assert table.accuracy is None
+    assert table.whole.snr_db > 25
+
+
+def test_a_generator_is_refused_with_what_to_give_instead(
+    outlier: unirt.Model, ranges: Calibration
+) -> None:
+    for measure in (sensitivity, search):
+        limit: dict[str, Any] = {"min_snr": 1} if measure is search else {}
+        with pytest.raises(unirt.DataError) as caught:
+            measure(outlier, ranges, (feed for feed in [samples(1)]), **limit)
+        assert "is a generator, which can be read once only" in caught.value.what
+        assert "once for each graph" in caught.value.why
+        assert "whose __iter__ is the generator" in caught.value.remedy
+
+
 # --- search --------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper, parser
+from typer.testing import CliRunner
 
 import unirt
+from unirt import cli
 from unirt.precision import check_sparsity, sparsify
 from unirt.precision.sparsity import is_sparse, pruned_groups
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "digits.onnx"
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "sparsity.py"
 RANDOM = np.random.default_rng(0)
 
 Arrays = Mapping[str, Any]
@@ -323,7 +328,7 @@ def test_eight_bit_weights_want_32_inputs() -> None:
 
 
 def test_named_nodes_alone_are_pruned_even_where_it_hardly_pays() -> None:
-    result = sparsify(graph(REASONS, REASONS_WEIGHTS), nodes=["tiny", "ragged"])
+    result = sparsify(graph(REASONS, REASONS_WEIGHTS), only=["tiny", "ragged"])
     assert [p.node for p in result.nodes] == ["ragged", "tiny"]
     assert result.kept["fine"] == "it is not among the nodes to prune"
 
@@ -364,7 +369,7 @@ def test_a_shared_weight_stays_where_its_layers_do_not_agree() -> None:
         sparsify(graph(SHARED.replace("TURNED", "0"), {"w": weight(64, 64)}), keep=["one"])
     assert caught.value.kept["other"] == "it shares its weight with 'one', which stays"
     with pytest.raises(unirt.OptionError, match="it shares its weight with 'one', which stays"):
-        sparsify(graph(SHARED.replace("TURNED", "0"), {"w": weight(64, 64)}), nodes=["other"])
+        sparsify(graph(SHARED.replace("TURNED", "0"), {"w": weight(64, 64)}), only=["other"])
 
 
 def test_pruning_again_changes_nothing_and_says_so() -> None:
@@ -388,17 +393,70 @@ def test_layers_in_subgraphs_and_functions_stay_and_are_counted() -> None:
     given = {"w": weight(64, 64), "v": weight(64, 64)}
     result = sparsify(graph(text, given))
     assert [p.node for p in result.nodes] == ["main"]
-    assert result.notes == ("1 layer in subgraphs stay as they are.",)
+    assert result.notes == ("1 layer in subgraphs stays as it is.",)
     np.testing.assert_array_equal(constant(made(result), "v"), given["v"])
     shared = graph(text.replace("(y, v)", "(y, w)"), {"w": weight(64, 64)})
     assert check_sparsity(shared).layers[0].reason == "If 'choose' reads its weight too"
 
 
-def test_a_default_that_callers_may_replace_is_no_constant() -> None:
+@pytest.mark.parametrize(("opset", "ir"), [(8, 3), (9, 4), (17, 8)])
+def test_weights_that_are_listed_as_inputs_are_pruned(opset: int, ir: int) -> None:
+    """As older exporters do it, some of them with IR version 4 too."""
     text = "g (float[N,64] x, float[64,64] w) => (float[N,64] y) { [fc] y = MatMul (x, w) }"
     given = {"w": weight(64, 64)}
-    assert "no constant" in check_sparsity(graph(text, given, opset=8, ir=4)).layers[0].reason
-    assert check_sparsity(graph(text, given, opset=8, ir=3)).layers[0].qualifies
+    model = graph(text, given, opset=opset, ir=ir)
+    (row,) = check_sparsity(model)
+    assert (row.weight, row.shape, row.dtype, row.qualifies) == ("w", (64, 64), "float32", True)
+    result = sparsify(model)
+    sparse = made(result)
+    assert [value.name for value in sparse.graph.input] == ["x"]
+    assert set(nonzero_of_four(constant(sparse, "w"), 0)) == {2}
+    assert [spec.name for spec in result.model.inputs] == ["x"]
+    feed = {"x": weight(2, 64)}
+    pruned = np.where(pruned_groups(given["w"], 0), 0, given["w"])
+    np.testing.assert_allclose(run(sparse, feed), feed["x"] @ pruned, rtol=1e-4, atol=1e-4)
+    assert [value.name for value in model.graph.input] == ["x", "w"], "the caller's stays"
+
+
+OTHERS = """
+g (float[N,64,8,8] x, int8[N,64] q) => (float[N,32,8,8] y, int32[N,64] z) {
+  [conv] c = Conv (x, w)
+  [up] d = ConvTranspose (c, t)
+  [down] y = Conv (d, u)
+  [integer] z = MatMulInteger (q, i)
+}"""
+OTHERS_WEIGHTS = {
+    "w": weight(64, 64, 1, 1),
+    "t": weight(64, 32, 1, 1),
+    "u": weight(32, 32, 1, 1),
+    "i": RANDOM.integers(-9, 9, (64, 64)).astype(np.int8),
+}
+
+
+def test_other_layers_with_weights_are_listed_with_the_reason() -> None:
+    model = graph(OTHERS, OTHERS_WEIGHTS)
+    table = {layer.node: layer for layer in check_sparsity(model)}
+    assert list(table) == ["conv", "up", "down", "integer"]
+    up = table["up"]
+    assert up.reason == "sparse kernels are for Conv, Gemm and MatMul, not for ConvTranspose"
+    assert (up.operator, up.weight, up.shape, up.axis) == (
+        "ConvTranspose",
+        "t",
+        (64, 32, 1, 1),
+        None,
+    )
+    assert not up.qualifies
+    assert not up.sparse
+    assert table["integer"].reason.endswith("not for MatMulInteger")
+    result = sparsify(model)
+    assert [p.node for p in result.nodes] == ["conv", "down"]
+    assert dict(result.kept) == {"up": up.reason, "integer": table["integer"].reason}
+    np.testing.assert_array_equal(constant(made(result), "t"), OTHERS_WEIGHTS["t"])
+    assert "up" in sparsify(model, keep=["up"]).kept
+    with pytest.raises(unirt.OptionError, match=r"'up' cannot be pruned.*not for ConvTranspose"):
+        sparsify(model, only=["up"])
+    tied = graph(OTHERS.replace("(c, t)", "(c, w)"), {**OTHERS_WEIGHTS, "u": weight(32, 64, 1, 1)})
+    assert check_sparsity(tied).layers[0].reason == "ConvTranspose 'up' reads its weight too"
 
 
 def test_external_weights_are_pruned_into_memory(tmp_path: Path) -> None:
@@ -413,20 +471,101 @@ def test_external_weights_are_pruned_into_memory(tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_said() -> None:
     model = graph(REASONS, REASONS_WEIGHTS)
-    with pytest.raises(unirt.OptionError, match=r"'fin', which is no layer.*Did you mean 'fine'"):
+    with pytest.raises(unirt.OptionError, match=r"'fin', and that is no layer.*mean 'fine'"):
         sparsify(model, keep=["fin"])
-    with pytest.raises(unirt.OptionError, match="which is no layer"):
-        sparsify(model, nodes=["embedding"])
-    with pytest.raises(unirt.OptionError, match=r"nodes=\['fine'\]"):
-        sparsify(model, nodes="fine")
+    with pytest.raises(unirt.OptionError, match="that is no layer"):
+        sparsify(model, only=["embedding"])
+    with pytest.raises(unirt.OptionError, match=r"Write only=\['fine'\]"):
+        sparsify(model, only="fine")
     with pytest.raises(unirt.OptionError, match=r"'depthwise' cannot be pruned.*depthwise"):
-        sparsify(model, nodes=["fine", "depthwise"])
+        sparsify(model, only=["fine", "depthwise"])
+    with pytest.raises(unirt.ModelError, match=r"'odd' stays.*it is not among the nodes"):
+        sparsify(model, only=[])
     empty = graph("g (float[N,4] x) => (float[N,4] y) { y = Relu (x) }", {})
-    with pytest.raises(unirt.ModelError, match="has no Conv, Gemm or MatMul"):
+    with pytest.raises(unirt.ModelError, match="has none of Conv, Gemm and MatMul"):
         sparsify(empty)
     assert len(check_sparsity(empty)) == 0
     with pytest.raises(unirt.ModelError, match="it has tflite"):
         check_sparsity(DIGITS.with_suffix(".tflite"))
+
+
+def remedies() -> dict[str, str]:
+    """Of the errors that send their reader to the checker."""
+    model = graph(REASONS, REASONS_WEIGHTS)
+    one = "g (float[N,16,8,8] x) => (float[N,16,6,6] y) { [one] y = Conv <group = GROUPS> (x, w) }"
+    tiny = graph(one.replace("GROUPS", "1"), {"w": weight(16, 16, 1, 1)})
+    depthwise = graph(one.replace("GROUPS", "16"), {"w": weight(16, 1, 3, 3)})
+    found = {}
+    for name, given, only in (
+        ("unknown", model, ["quite another"]),
+        ("unfit", model, ["depthwise"]),
+        ("tiny", tiny, None),
+        ("depthwise", depthwise, None),
+    ):
+        with pytest.raises(unirt.UnirtError) as caught:
+            sparsify(given, only=only)
+        found[name] = caught.value.remedy
+    return found
+
+
+def test_errors_are_understood_in_python_and_on_the_command_line() -> None:
+    found = remedies()
+    for text in found.values():
+        assert "`unirt sparsify --check`" in text
+        assert "check_sparsity()" in text
+    assert found["tiny"].endswith("is pruned if `only` names it, for example 'one'.")
+    assert "only" not in found["depthwise"], "to name it would not help"
+
+
+def test_the_command_names_nodes_as_the_function_does(tmp_path: Path) -> None:
+    path, out = tmp_path / "model.onnx", tmp_path / "sparse.onnx"
+    onnx.save(graph(REASONS, REASONS_WEIGHTS), path)
+    common = ["sparsify", path, "-o", out]
+    document = told(*common, "--only", "fine", "--only", "tiny", "--keep", "tiny")
+    assert [node["node"] for node in document["nodes"]] == ["fine"]
+    assert document["kept"]["tiny"] == "it is to be kept"
+    assert document["kept"]["ragged"] == "it is not among the nodes to prune"
+    assert [layer.node for layer in check_sparsity(out) if layer.sparse] == ["fine"]
+    error = told(*common, "--only", "fin", code=2)["error"]
+    assert error["remedy"] == "Did you mean 'fine'?"
+
+
+def test_the_command_shows_the_cost_or_how_to_see_it(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    out, data = tmp_path / "sparse.onnx", DIGITS.with_name("test.npz")
+    measured = shown("sparsify", DIGITS, "-o", out, "--data", data)
+    assert "accuracy 96.00% for 98.89% (-2.89 points)" in measured
+    assert "of 450 samples on onnxruntime@cpu" in measured
+    document = told("sparsify", DIGITS, "-o", out, "--data", data)
+    assert document["samples"] == 450
+    assert document["engine"].startswith("onnxruntime@cpu")
+    assert document["accuracy_before"] == pytest.approx(0.9889, abs=1e-4)
+    assert document["measured"]["accuracy"] == pytest.approx(0.96, abs=1e-4)
+    assert "Not measured: give --data FILE.npz" in shown("sparsify", DIGITS, "-o", out)
+    assert told("sparsify", DIGITS, "-o", out)["measured"] is None
+
+
+def test_the_command_shows_no_numbers_of_a_weight_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(graph(REASONS, REASONS_WEIGHTS), path)
+    lines = [line.split() for line in shown("sparsify", path, "--check").splitlines()]
+    rows = {cells[0]: cells for cells in lines if cells[1:2] == ["MatMul"]}
+    assert rows["dynamic"][:6] == ["dynamic", "MatMul", "-", "-", "-", "no"]
+    assert rows["fine"][:6] == ["fine", "MatMul", "64x64", "float32", "0%", "qualifies"]
+    (line,) = (one for one in str(check_sparsity(path)).splitlines() if one.startswith("dynamic"))
+    assert line.split()[1:7] == ["MatMul", "-", "-", "-", "no", "no:"]
+
+
+def shown(*arguments: object, code: int = 0) -> str:
+    """What a command prints."""
+    done = CliRunner().invoke(cli.app, [*map(str, arguments)], env={"COLUMNS": "120"})
+    assert done.exit_code == code, done.stderr
+    return done.stdout
+
+
+def told(*arguments: object, code: int = 0) -> Any:
+    """The JSON document of a command."""
+    return json.loads(shown(*arguments, "--json", code=code))
 
 
 def test_a_dense_weight_is_not_taken_for_sparse() -> None:
@@ -458,6 +597,30 @@ def test_half_of_two_layers_costs_the_digits_three_points() -> None:
     assert accuracy(sparsify(DIGITS, keep=[first]).model) == pytest.approx(0.9867, abs=0.005)
     assert accuracy(sparsify(DIGITS, keep=[second]).model) == pytest.approx(0.9667, abs=0.005)
     assert result.nodes[0].l2_lost > result.nodes[1].l2_lost
+
+
+def test_the_published_cost_is_what_pruning_costs() -> None:
+    """`benchmarks/results/sparsity.json`, recomputed; a few images may fall otherwise elsewhere."""
+    pytest.importorskip("onnxruntime")
+    spec = importlib.util.spec_from_file_location("sparsity_benchmark", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    text = (BENCHMARK.parent / "results" / "sparsity.json").read_text()
+    published = json.loads(text)["networks"]
+    assert list(published) == list(benchmark.NETWORKS) == ["digits", "photos"]
+    for name, old in published.items():
+        new = json.loads(json.dumps(benchmark.measure(name)))
+        for key in ("model", "model_hash", "samples", "kept"):
+            assert new[key] == old[key]
+        assert new["accuracy"] == pytest.approx(old["accuracy"], abs=0.003)
+        pairs = [(new["all"], old["all"]), *zip(new["layers"], old["layers"], strict=True)]
+        for now, then in pairs:
+            assert now.get("node") == then.get("node")
+            assert now.get("l2_lost") == pytest.approx(then.get("l2_lost"), abs=1e-4)
+            assert now["snr_db"] == pytest.approx(then["snr_db"], abs=0.1)
+            assert now["accuracy"] == pytest.approx(then["accuracy"], abs=0.005)
 
 
 def test_tensorrt_has_the_option_that_makes_use_of_it() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from unirt.accuracy import (
 )
 from unirt.candidates import Candidates, select
 from unirt.data import DataSource, Samples, Shapes, samples_for
-from unirt.derivation import CalibrationSource, Ranges, told_ranges
+from unirt.derivation import QUANTIZING, Ranges, told_ranges
 from unirt.errors import BackendUnavailable, DataError, OptionError, UnirtError, sentence
 from unirt.loading import compiled
 from unirt.measure import Timing, machine, measure, measure_throughput
@@ -30,6 +31,9 @@ from unirt.model import Model, ModelSource
 from unirt.options import Options
 from unirt.session import Session
 from unirt.types import Candidate
+
+if TYPE_CHECKING:
+    from unirt.precision.calibration.ranges import CalibrationSource
 
 Progress: TypeAlias = Callable[[str, float], None]
 """Told what is being done (`building x`, `timing calls`), and the share of it that is, 0 to 1."""
@@ -44,8 +48,19 @@ TIE = 0.15
 """Below this lead two engines count as equally fast. A convention: the noise is not measured."""
 
 LATENCY_SHARE = 0.75
-# Weights, elements of a sample, operators and samples up to which NumPy answers soon enough.
+# Weights, elements of a sample, operators and samples up to which NumPy may answer soon enough.
 ORACLE_LIMITS = (1_000_000, 50_000, 1_000, 2_000)
+
+ORACLE_SECONDS = 3.0
+"""How long NumPy may take for all answers where nobody named it, as a few calls tell."""
+
+ORACLE_HINT = "Name it to measure it all the same."
+
+MAX_ERROR = 1e-2
+"""The gate where none is given, for all that is not judged by accuracy."""
+
+MAX_DROP = 0.005
+"""The share of right answers that low precision may cost where data has labels."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,9 @@ class Result:
     or by `calls` one after the other, whichever gave more. `ratio` is its median latency over that
     of the fastest eligible one. `task_accuracy` is top-1, 0 to 1. `excluded` says why it cannot
     win, and `error` is the exception behind that, if any. `notes` and `quantization` are those of
-    its engine: what was done to the graph for the candidate's precision.
+    its engine: what was done to the graph for the candidate's precision. `gate` is what decided
+    whether it may win: its `error`, or its task `accuracy`; None for the reference, and for what
+    was not measured.
     """
 
     candidate: Candidate
@@ -75,6 +92,7 @@ class Result:
     error: UnirtError | None = None
     notes: tuple[str, ...] = ()
     quantization: Mapping[str, object] | None = None
+    gate: Literal["error", "accuracy"] | None = None
 
     @property
     def output_error(self) -> float | None:
@@ -98,6 +116,7 @@ class Result:
             "outputs": [output.to_dict() for output in self.errors],
             "is_reference": self.is_reference,
             "task_accuracy": self.task_accuracy,
+            "gate": self.gate,
             "build_seconds": self.build_seconds,
             "quantization": None if self.quantization is None else dict(self.quantization),
             "notes": list(self.notes),
@@ -117,7 +136,9 @@ class Comparison:
     """What `compare` found, with the evidence. `rows` stand fastest first, those that are out last.
 
     `winner` is the fastest of the eligible ones, None if there is none; `why` says so in a
-    sentence. `batch` is how many samples a timed call held.
+    sentence. `batch` is how many samples a timed call held. Errors may be up to `max_error`, and
+    the task accuracy of rows whose `gate` it is `max_drop`, a share of all samples, below that of
+    the reference; None where accuracy is nobody's gate.
     """
 
     model: str
@@ -132,6 +153,8 @@ class Comparison:
     winner: Candidate | None
     why: str
     notes: tuple[str, ...] = ()
+    max_drop: float | None = None
+    reference_accuracy: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -142,7 +165,9 @@ class Comparison:
             "batch": self.batch,
             "seconds": self.seconds,
             "max_error": json_number(self.max_error),
+            "max_drop": self.max_drop,
             "reference": str(self.reference) if self.reference else None,
+            "reference_accuracy": self.reference_accuracy,
             "candidates": [row.to_dict() for row in self.rows],
             "winner": str(self.winner) if self.winner else None,
             "why": self.why,
@@ -164,7 +189,8 @@ class Comparison:
             elif row.output_error is not None:
                 told.append(f"error {row.output_error:.1e}")
             if row.task_accuracy is not None:
-                told.append(f"accuracy {row.task_accuracy:.2%}")
+                gate = ", which is its gate" if row.gate == "accuracy" else ""
+                told.append(f"accuracy {row.task_accuracy:.2%}{gate}")
             if row.recipe:
                 told.append(f"quantized by {row.recipe}")
             if row.excluded:
@@ -179,6 +205,8 @@ class _Entrant:
 
     candidate: Candidate
     version: str = ""
+    low: bool = False
+    """Whether it computes in less than float32, or the graph itself is quantized."""
     session: Session | None = None
     meter: ErrorMeter = field(default_factory=ErrorMeter)
     hits: int = 0
@@ -196,9 +224,52 @@ class _Entrant:
     def accuracy(self) -> float | None:
         return self.hits / self.asked if self.session and self.asked else None
 
+    @property
+    def is_oracle(self) -> bool:
+        return self.candidate.backend == "reference"
+
     def fail(self, error: UnirtError) -> None:
         self.error, self.hint = error, error.remedy
         self.excluded = " ".join(filter(None, (error.what, error.why)))
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """Who may win: see `compare`. With a `max_error` that was given nothing else decides."""
+
+    max_error: float | None
+
+    @property
+    def error(self) -> float:
+        return MAX_ERROR if self.max_error is None else self.max_error
+
+    def of(self, entrant: _Entrant, judge: _Entrant) -> Literal["error", "accuracy"]:
+        known = entrant.accuracy is not None and judge.accuracy is not None
+        return "accuracy" if self.max_error is None and entrant.low and known else "error"
+
+    def refusal(self, entrant: _Entrant, judge: _Entrant) -> str:
+        """Why the entrant's answers cannot win; empty if they can."""
+        errors = entrant.meter.result()
+        if self.of(entrant, judge) == "error":
+            return _too_far(errors, judge.candidate, self.error)
+        assert entrant.accuracy is not None
+        assert judge.accuracy is not None
+        drop = judge.accuracy - entrant.accuracy
+        if drop > MAX_DROP + 1e-9:
+            return (
+                f"not eligible: its accuracy is {100 * drop:.2f} points below the "
+                f"{judge.accuracy:.2%} of {judge.candidate}, and {100 * MAX_DROP:g} are allowed"
+            )
+        return _too_far(errors, judge.candidate, math.inf)
+
+    def hint(self, entrant: _Entrant) -> str:
+        """What would judge the refused one otherwise."""
+        if self.max_error is not None or not entrant.low or entrant.accuracy is not None:
+            return ""
+        return (
+            "Low precision is judged by accuracy where the data has labels; or give a max_error "
+            "(--max-error)."
+        )
 
 
 def compare(
@@ -207,7 +278,7 @@ def compare(
     data: DataSource | None = None,
     *,
     reference: str | Candidate | None = None,
-    max_error: float = 1e-2,
+    max_error: float | None = None,
     batch: int | None = None,
     seconds: float = 3.0,
     seed: int = 0,
@@ -231,15 +302,21 @@ def compare(
     judged on every sample. Where no batch is named and the model's is free, up to 64 go into one
     call then, unless some answer is off: then they are judged as they are timed.
 
-    Errors are against `reference`: by default the `reference` backend if it is here and the model
-    small, else onnxruntime@cpu, else the first candidate that runs. Whoever is further off than
-    `max_error` (see `OutputError.error`) is measured, but cannot win.
+    Errors are against `reference`: by default the `reference` backend if it is here and answers for
+    all samples within seconds, which a few calls of it tell, else onnxruntime@cpu, else the first
+    candidate that runs.
+
+    Who is too far off is measured, but cannot win. Too far is an error beyond `max_error` (see
+    `OutputError.error`). Without one that limit is 0.01, except that where the data has labels what
+    computes in less than float32 may win while its task accuracy is at most 0.5 points below the
+    reference's. Values that are not finite where the reference's are never win.
 
     Raises ModelError, DataError, CandidateError, OptionError; and what a named reference raises.
     """
     model = Model.open(model)
     _check_arguments(max_error, batch, seconds, seed)
     named_reference = None if reference is None else Candidate.parse(reference)
+    gate = _Gate(max_error)
     entrants = _entrants(model, candidates)
     for row in select(model, named_reference).rows if named_reference else ():
         if row.excluded:
@@ -255,9 +332,9 @@ def compare(
     ranges = Ranges(model, calibration, samples)
     notes: list[str] = []
     for entrant in entrants if candidates is None and not suits else ():
-        if entrant.candidate.backend == "reference" and not entrant.excluded:
+        if entrant.is_oracle and not entrant.excluded:
             entrant.excluded = "NumPy takes too long for a model or data of this size"
-            entrant.hint = "Name it to measure it all the same."
+            entrant.hint = ORACLE_HINT
     with ExitStack() as stack:
         # Engines that compile for shapes get those that will come, and one of their own for what
         # is timed.
@@ -275,13 +352,22 @@ def compare(
         judge = None
         if any(entrant.session for entrant in entrants):
             judges = _judges(model, suits, entrants, named_reference, opened, notes)
-            alone = named_reference is not None
             sizes = (largest, size)
-            judge = _judge(entrants, judges, alone, samples, sizes, max_error, notes, tell)
+            patience = _patience(model, entrants, candidates, named_reference)
+            alone = named_reference is not None
+            judge = _judge(entrants, judges, alone, samples, sizes, gate, patience, notes, tell)
             _time(entrants, samples, size, seconds, seed, tell)
         notes += _told_of_ranges(ranges, samples, random=data is None)
-        rows = _rows(entrants, judge, samples.rows * size, max_error)
-    winner, why = _verdict(rows, judge.candidate if judge else None, max_error)
+        rows = _rows(entrants, judge, samples.rows * size, gate)
+        accuracy = judge.accuracy if judge else None
+    winner, why = _verdict(rows, judge.candidate if judge else None, accuracy, gate.error)
+    by_accuracy = [str(row.candidate) for row in rows if row.gate == "accuracy"]
+    if by_accuracy:
+        notes.append(
+            f"whether {' and '.join(by_accuracy)} may win was decided by accuracy, which may be "
+            f"{100 * MAX_DROP:g} points below the reference's {accuracy:.2%}; a max_error "
+            "(--max-error) would decide instead"
+        )
     return Comparison(
         model=model.name,
         model_hash=model.hash,
@@ -289,18 +375,26 @@ def compare(
         data=samples.description,
         batch=samples.rows * size,
         seconds=seconds,
-        max_error=max_error,
+        max_error=gate.error,
         reference=judge.candidate if judge else None,
         rows=rows,
         winner=winner,
         why=why,
         notes=tuple(notes),
+        max_drop=MAX_DROP if by_accuracy else None,
+        reference_accuracy=accuracy,
     )
 
 
-def _check_arguments(max_error: float, batch: int | None, seconds: float, seed: int) -> None:
+def _check_arguments(max_error: float | None, batch: int | None, seconds: float, seed: int) -> None:
     checks: tuple[tuple[str, Any, type, Callable[[Any], bool], str], ...] = (
-        ("max_error", max_error, Real, lambda it: it >= 0, "a number, at least 0"),
+        (
+            "max_error",
+            MAX_ERROR if max_error is None else max_error,
+            Real,
+            lambda it: it >= 0,
+            "a number, at least 0",
+        ),
         ("batch", 1 if batch is None else batch, Integral, lambda it: it >= 1, "a count, from 1"),
         ("seconds", seconds, Real, lambda it: 0 < it < math.inf, "more than 0, and finite"),
         ("seed", seed, Integral, lambda it: it >= 0, "a whole number, at least 0"),
@@ -316,12 +410,14 @@ def _entrants(model: Model, candidates: Candidates | None) -> list[_Entrant]:
         what, remedy = "The list of candidates is empty.", "Name one, or leave the list out."
         raise OptionError(what, "A comparison needs at least one.", remedy)
     selection = select(model, candidates)
+    quantized = not QUANTIZING.isdisjoint(model.primary.op_counts)
     entrants: dict[str, _Entrant] = {}
     for row in selection.rows:
         candidate, facts = row.candidate, row.facts
         if facts is not None and facts.device is not None:
             candidate = replace(candidate, device=str(facts.device))
-        entrant = _Entrant(candidate, facts.version if facts else "")
+        low = candidate.precision not in (None, "fp32") or quantized
+        entrant = _Entrant(candidate, facts.version if facts else "", low)
         if candidates is None:
             entrant.excluded, entrant.hint = row.excluded, row.hint
         entrants.setdefault(str(candidate), entrant)
@@ -388,7 +484,9 @@ def _open(
 
 
 def oracle_suits(model: Model, samples: Samples) -> bool:
-    """Whether the `reference` backend answers for this model and data in reasonable time."""
+    """Whether the `reference` backend may answer for this model and data in reasonable time: how
+    long it takes, only calls of it tell.
+    """
     feed = samples.feeds(samples.call_size(None), 1)[0]
     sizes = (
         model.parameters,
@@ -397,6 +495,43 @@ def oracle_suits(model: Model, samples: Samples) -> bool:
         samples.count,
     )
     return all(size <= limit for size, limit in zip(sizes, ORACLE_LIMITS, strict=True))
+
+
+def _patience(
+    model: Model,
+    entrants: Sequence[_Entrant],
+    candidates: Candidates | None,
+    named: Candidate | None,
+) -> float:
+    """Seconds that NumPy may take for all answers: without end for who named it, and where there is
+    no other judge to trust.
+    """
+    if candidates is not None and any(entrant.is_oracle for entrant in entrants):
+        return math.inf
+    if named is not None:
+        return math.inf if named.backend == "reference" else ORACLE_SECONDS
+    trusted = select(model, Candidate("onnxruntime", "cpu")).best
+    return math.inf if trusted is None else ORACLE_SECONDS
+
+
+def _judging_seconds(session: Session, samples: Samples, rows: int) -> float:
+    """About how long a session answers for all samples, `rows` a call. It is timed on one sample
+    and, where that would be too long, on some in one call.
+    """
+    size = samples.call_size(None)
+    seconds = 0.0
+    for taken in dict.fromkeys((size, min(8 * size, rows))):
+        feed = samples.feeds(taken, 1)[0]
+        started = time.perf_counter()
+        try:
+            session.run(feed)
+        except UnirtError:
+            return 0.0  # who judges meets it too, and says what it is
+        call = time.perf_counter() - started
+        seconds = call * math.ceil(samples.count / taken)
+        if seconds < ORACLE_SECONDS / 10 or call > ORACLE_SECONDS / 10:
+            break
+    return seconds
 
 
 def _judges(
@@ -449,19 +584,33 @@ def _judge(
     alone: bool,
     samples: Samples,
     sizes: tuple[int, int],
-    max_error: float,
+    gate: _Gate,
+    patience: float,
     notes: list[str],
     tell: Progress,
 ) -> _Entrant | None:
     """Meters every entrant's errors and hits against the first judge that answers; returns it.
 
     `sizes` are how many samples a call may hold while judging, and how many it holds when timed.
-    None if no entrant answers at all. Raises DataError, and what a judge raises who is `alone`.
+    NumPy takes no part if that takes longer than `patience`. None if no entrant answers at all.
+    Raises DataError, and what a judge raises who is `alone`.
     """
     size = sizes[1]
     for judge in judges:
         failed: dict[_Entrant, UnirtError | str] = {}
+        seconds = 0.0
         for rows in dict.fromkeys(sizes):
+            numpy = next((e for e in (judge, *entrants) if e.is_oracle), None)
+            if numpy is not None and numpy.session is not None and patience < math.inf:
+                tell("timing NumPy", 0.0)
+                seconds += _judging_seconds(numpy.session, samples, rows)
+                if seconds > patience:
+                    told = f"NumPy would take some {seconds:.0f} s for all answers"
+                    numpy.hint = ORACLE_HINT
+                    if numpy is judge:
+                        failed = {judge: told}
+                        break
+                    _drop({numpy: told})
             try:
                 failed = _judged_by(judge, entrants, samples, rows, tell)
             except DataError:
@@ -470,8 +619,8 @@ def _judge(
                 continue
             if judge in failed:
                 continue
-            clean = not failed and all(
-                _within(output, max_error) for e in entrants for output in e.meter.result()
+            clean = not failed and not any(
+                gate.refusal(entrant, judge) for entrant in entrants if entrant.session
             )
             if rows == size or clean:
                 _drop(failed)
@@ -484,7 +633,9 @@ def _judge(
         if alone and isinstance(reason, UnirtError):
             raise reason
         if judge not in entrants:
-            notes.append(f"{judge.candidate} cannot be the reference: {reason}")
+            waits = "; named, by --reference for one, it takes its time"
+            waits = waits if judge.hint == ORACLE_HINT else ""
+            notes.append(f"{judge.candidate} cannot be the reference: {reason}{waits}")
         _drop({judge: reason})
     return None
 
@@ -504,6 +655,8 @@ def _judged_by(
     """Runs every sample through all; the failed ones with their reasons. Raises DataError."""
     failed: dict[_Entrant, UnirtError | str] = {}
     running = [entrant for entrant in entrants if entrant.session]
+    if judge not in running:  # its accuracy is what others are held against
+        running.append(judge)
     for entrant in running:
         entrant.meter, entrant.hits, entrant.asked = ErrorMeter(), 0, 0
     classifier = ""
@@ -580,14 +733,16 @@ def _time(
 
 
 def _rows(
-    entrants: Sequence[_Entrant], judge: _Entrant | None, rows_per_call: int, max_error: float
+    entrants: Sequence[_Entrant], judge: _Entrant | None, rows_per_call: int, gate: _Gate
 ) -> tuple[Result, ...]:
     rows = []
     for entrant in entrants:
-        errors = entrant.meter.result() if entrant.session and entrant is not judge else ()
-        excluded = entrant.excluded
-        if not excluded and judge:
-            excluded = _too_far(errors, judge.candidate, max_error)
+        judged = entrant.session is not None and judge is not None and entrant is not judge
+        errors = entrant.meter.result() if judged else ()
+        excluded, hint = entrant.excluded, entrant.hint
+        if not excluded and judged and judge is not None:
+            excluded = gate.refusal(entrant, judge)
+            hint = gate.hint(entrant) if excluded else hint
         speed, way = _fastest_way(entrant)
         rows.append(
             Result(
@@ -602,10 +757,11 @@ def _rows(
                 task_accuracy=entrant.accuracy,
                 build_seconds=entrant.build_seconds,
                 excluded=excluded,
-                hint=entrant.hint,
+                hint=hint,
                 error=entrant.error,
                 notes=entrant.notes,
                 quantization=entrant.quantization,
+                gate=gate.of(entrant, judge) if judged and judge is not None else None,
             )
         )
     rows.sort(key=_place)
@@ -647,7 +803,10 @@ def _fastest_way(entrant: _Entrant) -> tuple[float | None, Literal["stream", "ca
 
 
 def _verdict(
-    rows: Sequence[Result], reference: Candidate | None, max_error: float
+    rows: Sequence[Result],
+    reference: Candidate | None,
+    accuracy: float | None,
+    max_error: float,
 ) -> tuple[Candidate | None, str]:
     eligible = [row for row in rows if not row.excluded and row.latency]
     if not eligible:
@@ -657,6 +816,11 @@ def _verdict(
     assert first.latency is not None
     error = f"its error of {first.output_error or 0:.1e} against {reference}"
     right = f"{error} is within {max_error:g}"
+    if first.gate == "accuracy" and accuracy is not None and first.task_accuracy is not None:
+        right = (
+            f"its accuracy of {first.task_accuracy:.2%} is at most {100 * MAX_DROP:g} points "
+            f"below the {accuracy:.2%} of {reference}"
+        )
     if first.is_reference:
         right = "it is the reference that errors are measured against"
     if len(eligible) == 1 or eligible[1].latency is None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 from unirt.arrays import admit
 from unirt.backend import Backend
@@ -33,8 +32,7 @@ from unirt.types import Candidate, Device
 
 if TYPE_CHECKING:
     from unirt.precision import Calibration, Quantized, QuantizedTFLite, Recipe
-
-CalibrationSource: TypeAlias = "Calibration | str | os.PathLike[str]"
+    from unirt.precision.calibration.ranges import CalibrationSource
 
 # How a candidate's precision is called in the tensors of a graph.
 DTYPES = {
@@ -87,7 +85,7 @@ class Ranges:
         data: Samples | Sequence[Any] = (),
     ) -> None:
         """Raises DataError for a file that holds no calibration, OptionError for what is none."""
-        self.given = None if given is None else _calibration(given)
+        self.given = _found(given) if given is not None else None
         self.used: dict[str, Calibration] = {}
         self.seen: dict[str, Calibration] = {}
         self._model, self._data = model, data
@@ -143,25 +141,17 @@ class Ranges:
             f"In {candidate.precision} activations are quantized too, and only data tells which "
             "values they take.",
             "Give inputs as samples=[...], or as calibration=... what unirt.precision.calibrate "
-            "found, or a file that it was saved to (--calibration). "
+            "found, or a file that it was saved to (--data, --calibration). "
             f"{replace(candidate, precision='int8w')} quantizes weights only and needs neither.",
             candidate=str(candidate),
             precision=candidate.precision,
         )
 
 
-def _calibration(given: CalibrationSource) -> Calibration:
-    from unirt.precision import Calibration
+def _found(given: CalibrationSource) -> Calibration:
+    from unirt.precision.calibration.ranges import find_calibration
 
-    if isinstance(given, Calibration):
-        return given
-    if isinstance(given, str | os.PathLike):
-        return Calibration.load(given)
-    raise OptionError(
-        f"A {type(given).__name__} is no calibration.",
-        "It is what unirt.precision.calibrate gives, or the path of a file that it was saved to.",
-        "Pass inputs as samples=[...] to have them calibrated on.",
-    )
+    return find_calibration(given)
 
 
 def _content(calibration: Calibration | None) -> object:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from unirt import plugins
 from unirt.arrays import admit
 from unirt.backend import Engine, Progress
 from unirt.candidates import Candidates, backend_of, listed, select
-from unirt.derivation import CalibrationSource, Ranges, derived
+from unirt.derivation import Ranges, derived
 from unirt.errors import (
     BackendError,
     BackendUnavailable,
@@ -28,6 +28,9 @@ from unirt.selector import Selection
 from unirt.session import Session
 from unirt.shapes import ShapeProfile, checked
 from unirt.types import Candidate
+
+if TYPE_CHECKING:
+    from unirt.precision.calibration.ranges import CalibrationSource
 
 OptionValues = Mapping[str, object] | Options
 

@@ -93,8 +93,7 @@ def prepare(
         _tell_unfused(part, warnings)
         _tell_doubles(part, warnings)
         changed |= part.finish()
-    sentences = (one.sentences() for one in (repairs, warnings, notes))
-    return Prepared(model, *sentences, changed)
+    return Prepared(model, repairs.sentences(), warnings.sentences(), notes.sentences(), changed)
 
 
 class _Messages:

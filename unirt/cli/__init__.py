@@ -1,5 +1,6 @@
-"""The command line: `unirt doctor`, `inspect`, `select`, `build`, `run`, `compare`, `explain`, and
-those that make another model of one: `quantize`, `cast`, `sparsify`.
+"""The command line: `unirt doctor`, `inspect`, `select`, `build`, `run`, `compare`, `explain`;
+`calibrate` and `sensitivity`, which tell what low precision would do; and those that make another
+model of one: `quantize`, `cast`, `sparsify`.
 
 Engines load only in commands that run them, and only then.
 """
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from unirt.cli import outcome
 from unirt.cli.build import build
+from unirt.cli.calibrate import calibrate
 from unirt.cli.cast import cast
 from unirt.cli.compare import compare
 from unirt.cli.doctor import doctor
@@ -26,6 +28,7 @@ from unirt.cli.outcome import EXIT_CODES
 from unirt.cli.quantize import quantize
 from unirt.cli.run import run
 from unirt.cli.select import select
+from unirt.cli.sensitivity import sensitivity
 from unirt.cli.sparsify import sparsify
 from unirt.cli.terminal import leave_quietly, prepare_streams, safe, stdout
 
@@ -38,7 +41,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EXIT_CODES,
 )
-COMMANDS = (doctor, inspect, select, build, run, compare, explain, quantize, cast, sparsify)
+COMMANDS = (
+    *(doctor, inspect, select, build, run, compare, explain),
+    *(calibrate, sensitivity, quantize, cast, sparsify),
+)
 for command in COMMANDS:
     # Typer keeps the line breaks of all paragraphs but the first.
     text = re.sub(r"(?<!\n)\n(?!\n)", " ", getdoc(command) or "")

@@ -94,6 +94,22 @@ CalibrationFile = Annotated[
         "`unirt quantize --save-calibration` saves them.",
     ),
 ]
+CalibrationData = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE.NPZ",
+        help="Samples by input name, along axis 0, to calibrate on for int8 and fp8.",
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="NODE", help="A node to leave in float32. Repeatable."),
+]
+Block = Annotated[
+    int | None,
+    typer.Option("--block", help="For weights only: how many share a scale. Default: 32."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of random inputs.")]
 
 

@@ -16,6 +16,7 @@ from unirt import plugins
 from unirt.backend import Engine, SupportsEngineFiles
 from unirt.cli.arguments import (
     Beside,
+    CalibrationData,
     CalibrationFile,
     Debug,
     HotTexts,
@@ -55,14 +56,7 @@ def build(
     profile: ProfileTexts = None,
     hot: HotTexts = None,
     calibration: CalibrationFile = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            metavar="FILE.NPZ",
-            help="Samples by input name, along axis 0, to calibrate on for int8 and fp8.",
-        ),
-    ] = None,
+    data: CalibrationData = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Where to save the engine.")
     ] = None,

@@ -37,7 +37,7 @@ from unirt.cli.terminal import (
     telling,
     three_digits,
 )
-from unirt.comparison import Comparison, Result
+from unirt.comparison import MAX_DROP, MAX_ERROR, Comparison, Result
 from unirt.comparison import compare as measure_candidates
 from unirt.model import Model
 from unirt.types import Candidate
@@ -67,14 +67,21 @@ def compare(
         str | None,
         typer.Option(
             "--reference",
-            help="Whose answers are taken as right. Default: the NumPy oracle for small models, "
-            "else onnxruntime@cpu.",
+            help="Whose answers are taken as right. Default: the NumPy oracle where it answers "
+            "within seconds, else onnxruntime@cpu.",
             autocompletion=complete_candidate,
         ),
     ] = None,
     max_error: Annotated[
-        float, typer.Option("--max-error", min=0, help="Relative error above which none can win.")
-    ] = 1e-2,
+        float | None,
+        typer.Option(
+            "--max-error",
+            min=0,
+            help=f"Relative error above which none can win. Default: {MAX_ERROR:g}; but where the "
+            "data has labels, low precisions may win while accuracy falls by at most "
+            f"{100 * MAX_DROP:g} points.",
+        ),
+    ] = None,
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="Samples a call. Default: 1.")
     ] = None,
@@ -203,9 +210,11 @@ def _columns(rows: list[Result]) -> list[Column]:
     titles = ["median", "p95", "ratio", "samples/s", "error"]
     if any(row.task_accuracy is not None for row in rows):
         titles.append("accuracy")
+    gates = {row.gate for row in rows if row.gate is not None}
     return [
         Column("candidate"),
         *(Column(title, right=True) for title in titles),
+        *([Column("judged by", optional=True)] if "accuracy" in gates else []),
         Column("calls", right=True, optional=True),
         Column("build", right=True, optional=True),
         Column("version", optional=True),
@@ -225,6 +234,8 @@ def _cells(row: Result, rows: list[Result]) -> list[str]:
     ]
     if any(other.task_accuracy is not None for other in rows):
         cells.append("" if row.task_accuracy is None else f"{row.task_accuracy:.2%}")
+    if any(other.gate == "accuracy" for other in rows):
+        cells.append(row.gate or "")
     cells += [
         f"{row.latency.calls:,}",
         "" if row.build_seconds is None else duration(row.build_seconds),

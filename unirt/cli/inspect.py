@@ -14,6 +14,8 @@ from rich.text import Text
 
 from unirt.cli.arguments import (
     Beside,
+    CalibrationData,
+    CalibrationFile,
     Debug,
     Json,
     OptionTexts,
@@ -44,10 +46,11 @@ from unirt.cli.terminal import (
     size_text,
     stdout,
 )
-from unirt.data import random_inputs
+from unirt.data import load_samples, random_inputs
+from unirt.derivation import Ranges
 from unirt.errors import OptionError
 from unirt.explanation import refuse_blind
-from unirt.loading import build
+from unirt.loading import compiled
 from unirt.model import Model, ModelFile
 from unirt.types import Candidate, TensorSpec
 
@@ -73,6 +76,8 @@ def inspect(
     profile: ProfileTexts = None,
     shape: ShapeTexts = None,
     seed: Seed = 0,
+    calibration: CalibrationFile = None,
+    data: CalibrationData = None,
     beside: Beside = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -84,7 +89,14 @@ def inspect(
     """
     with reporting(as_json, debug) as report:
         backend = engine_backend(model)
-        made = {"times": times, "option": option, "profile": profile, "shape": shape}
+        made = {
+            "times": times,
+            "option": option,
+            "profile": profile,
+            "shape": shape,
+            "calibration": calibration,
+            "data": data,
+        }
         if backend is not None:
             _refuse(
                 {"candidate": candidate, **made, "beside": beside},
@@ -118,13 +130,16 @@ def inspect(
         feeds = []
         if times or (shapes and not profiles):
             feeds = [random_inputs(opened.inputs, seed=seed, shapes=shapes)]
+        samples = load_samples(opened.inputs, data) if data is not None else feeds
+        ranges = Ranges(opened, calibration, samples)
         with (
             building(opened.name, as_json) as progress,
             hinting_beside(opened, model, named, beside),
         ):
-            engine = build(
+            engine = compiled(
                 opened,
                 named,
+                ranges,
                 options=options or None,
                 profiles=profiles,
                 samples=feeds,

@@ -14,6 +14,7 @@ from rich.text import Text
 from unirt.arrays import describe
 from unirt.cli.arguments import (
     Beside,
+    CalibrationData,
     CalibrationFile,
     Debug,
     Json,
@@ -30,7 +31,7 @@ from unirt.cli.arguments import (
 )
 from unirt.cli.outcome import reporting
 from unirt.cli.terminal import Column, building, print_heading, print_pairs, print_table, stdout
-from unirt.data import LABELS, random_inputs, read_arrays
+from unirt.data import LABELS, load_samples, random_inputs, read_arrays
 from unirt.errors import DataError, OptionError
 from unirt.loading import Decision, load
 from unirt.model import Model
@@ -62,6 +63,7 @@ def run(
     shape: ShapeTexts = None,
     seed: Seed = 0,
     calibration: CalibrationFile = None,
+    data: CalibrationData = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.NPZ", help="Where to save the outputs.")
     ] = None,
@@ -71,7 +73,7 @@ def run(
 ) -> None:
     """Run a model once, with random inputs unless some are given, and summarize its outputs.
 
-    Without --calibration an int8 or fp8 candidate is calibrated on these very inputs.
+    Without --calibration or --data an int8 or fp8 candidate is calibrated on these very inputs.
     """
     with reporting(as_json, debug) as report:
         opened = open_model(model, beside)
@@ -86,6 +88,11 @@ def run(
                 f"Write --out {out.with_suffix('.npz')}.",
             )
         feed, source = _feed(opened, input_ or [], inputs, shape, seed)
+        calls, hot = [feed], []
+        if data is not None:
+            samples = load_samples(opened.inputs, data)
+            calls = [batch.inputs for batch in samples.batches(samples.call_size(None))]
+            hot = [{name: value.shape for name, value in feed.items()}]
         with (
             building(opened.name, as_json) as progress,
             hinting_beside(opened, model, named, beside),
@@ -93,7 +100,8 @@ def run(
                 opened,
                 named,
                 options=options or None,
-                samples=[feed],
+                hot_shapes=hot,
+                samples=calls,
                 calibration=calibration,
                 progress=progress,
             ) as session,

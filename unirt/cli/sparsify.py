@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +25,18 @@ from unirt.cli.terminal import (
 from unirt.errors import OptionError
 from unirt.model import Model
 from unirt.precision.partial.trial import Measured, Trial
-from unirt.precision.sparsity import Sparsified, SparsityTable, check_sparsity
+from unirt.precision.sparsity import LayerSparsity, Sparsified, SparsityTable, check_sparsity
 from unirt.precision.sparsity import sparsify as sparsify_model
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What pruning costs on data: `accuracy` is the model's before."""
+
+    measured: Measured
+    accuracy: float | None
+    engine: str
+    samples: int
 
 
 def sparsify(
@@ -41,12 +52,13 @@ def sparsify(
         list[str] | None,
         typer.Option("--keep", metavar="NODE", help="A node to leave as it is. Repeatable."),
     ] = None,
-    node: Annotated[
+    only: Annotated[
         list[str] | None,
         typer.Option(
-            "--node",
+            "--only",
             metavar="NODE",
-            help="Prune only this node, also where it would not pay. Repeatable.",
+            help="Prune only this node, also where it would not pay. Repeatable. Default: all "
+            "that qualify.",
         ),
     ] = None,
     data: Annotated[
@@ -68,7 +80,7 @@ def sparsify(
     with reporting(as_json, debug) as report:
         opened = Model(model)
         if check:
-            if out is not None or keep or node or data is not None:
+            if out is not None or keep or only or data is not None:
                 raise OptionError(
                     "--check goes with no other option.",
                     "It changes nothing, so that there is nothing to save or measure.",
@@ -90,32 +102,32 @@ def sparsify(
                 "Add -o FILE.onnx, or --check to see which layers qualify.",
             )
         check_out(out, opened, ".onnx")
-        measured, accuracy = None, None
+        cost = None
         with telling(as_json) as teller:
             teller(f"building {opened.name} with 2:4 weights", 0.0)
-            done = sparsify_model(opened, keep=keep or (), nodes=node)
+            done = sparsify_model(opened, keep=keep or (), only=only or None)
             if data is not None:
                 with Trial(opened, data) as trial:
                     measured = trial.measure(
                         done.model, lambda share: teller("measuring the pruned graph", share)
                     )
-                    accuracy = trial.accuracy
+                    cost = _Cost(measured, trial.accuracy, trial.engine, trial.samples)
             save_whole(out, done.model.primary.read())
-        report.document = _document(opened, done, out, measured, accuracy)
+        report.document = _document(opened, done, out, cost)
         if not as_json:
-            _show(stdout(), done, out, measured, accuracy)
+            _show(stdout(), done, out, cost)
 
 
-def _document(
-    model: Model, done: Sparsified, out: Path, measured: Measured | None, accuracy: float | None
-) -> dict[str, Any]:
+def _document(model: Model, done: Sparsified, out: Path, cost: _Cost | None) -> dict[str, Any]:
     return {
         "model": model.name,
         "model_hash": model.hash,
         "nodes": [vars(one) for one in done.nodes],
         "kept": dict(done.kept),
-        "measured": measured.to_dict() if measured else None,
-        "accuracy_before": accuracy,
+        "engine": cost.engine if cost else None,
+        "samples": cost.samples if cost else None,
+        "measured": cost.measured.to_dict() if cost else None,
+        "accuracy_before": cost.accuracy if cost else None,
         "notes": list(done.notes),
         "saved": str(out),
         "saved_hash": done.model.hash,
@@ -125,18 +137,7 @@ def _document(
 def _show_layers(console: Console, table: SparsityTable) -> None:
     columns = [Column("node"), Column("operator", optional=True), Column("weight")]
     columns += [Column("type", optional=True), Column("zeros", right=True), Column("2:4")]
-    rows = [
-        [
-            layer.node,
-            layer.operator,
-            _shape(layer.shape),
-            layer.dtype,
-            f"{layer.zeros:.0%}",
-            "sparse" if layer.sparse else "qualifies" if layer.qualifies else "no",
-        ]
-        for layer in table
-    ]
-    print_table(console, columns, rows)
+    print_table(console, columns, [_layer_row(layer) for layer in table])
     if reasons := [(layer.node, layer.reason) for layer in table if layer.reason]:
         print_heading(console, "Why not")
         print_pairs(console, reasons)
@@ -145,13 +146,15 @@ def _show_layers(console: Console, table: SparsityTable) -> None:
     console.print(Text(f"{fit} of {plural(len(table), 'layer')} qualify", style="bold"))
 
 
-def _show(
-    console: Console,
-    done: Sparsified,
-    out: Path,
-    measured: Measured | None,
-    accuracy: float | None,
-) -> None:
+def _layer_row(layer: LayerSparsity) -> list[str]:
+    state = "sparse" if layer.sparse else "qualifies" if layer.qualifies else "no"
+    if not layer.weight:
+        return [layer.node, layer.operator, "-", "-", "-", state]
+    zeros = f"{layer.zeros:.0%}"
+    return [layer.node, layer.operator, _shape(layer.shape), layer.dtype, zeros, state]
+
+
+def _show(console: Console, done: Sparsified, out: Path, cost: _Cost | None) -> None:
     columns = [Column("node"), Column("operator", optional=True), Column("weight", optional=True)]
     columns += [Column("L1 lost", right=True), Column("L2 lost", right=True)]
     rows = [
@@ -165,9 +168,13 @@ def _show(
     if done.notes:
         print_heading(console, "Notes")
         print_pairs(console, [("-", note) for note in done.notes])
+    print_heading(console, "What it costs")
+    if cost is None:
+        console.print(Text("Not measured: give --data FILE.npz, with `labels` for accuracy."))
+    else:
+        console.print(Text(cost_text(cost.measured, cost.accuracy)))
+        console.print(Text(f"of {plural(cost.samples, 'sample')} on {cost.engine}"))
     console.print()
-    if measured is not None:
-        console.print(Text(f"Against the model before: {cost_text(measured, accuracy)}"))
     console.print(Text(f"Saved: {out}", style="bold"))
 
 

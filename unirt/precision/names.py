@@ -44,18 +44,19 @@ def check_option(
 
     `lack` says what an unknown one means, `why` what is known, and `otherwise` where to look.
     """
-    if isinstance(given, str):
+    names = isinstance(given, Collection) and all(isinstance(one, str) for one in given)
+    if isinstance(given, str) or not names:
         raise OptionError(
             f"{option}={given!r} is no collection of names.",
             f"It names several {kind}.",
-            f"Write {option}=[{given!r}].",
+            f"Write {option}=[{given!r}]." if isinstance(given, str) else "Give a list of them.",
         )
-    unknown = sorted(set(given) - set(known), key=str)
+    unknown = sorted(set(given) - set(known))
     if unknown:
         raise OptionError(
             f"{option} names {unknown[0]!r}, and {lack}.",
             why,
-            nearest(str(unknown[0]), known, otherwise),
+            nearest(unknown[0], known, otherwise),
             option=option,
             unknown=unknown,
         )

@@ -21,8 +21,8 @@ import numpy as np
 from unirt.errors import ModelError, OptionError
 from unirt.model import Model, ModelSource
 from unirt.precision.graph import all_nodes, captured, name_nodes, subgraphs
-from unirt.precision.names import nearest
-from unirt.precision.source import find_onnx, read_graph
+from unirt.precision.names import check_option
+from unirt.precision.source import drop_weight_inputs, find_onnx, read_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -32,6 +32,16 @@ Array = np.ndarray[Any, Any]
 LAYERS: Final = frozenset({"Conv", "Gemm", "MatMul"})
 GROUP: Final = 4
 """Of so many weights in a row, two may differ from zero."""
+
+# Other operators that sum over a weight, and which input that is. TensorRT documents sparse kernels
+# for convolutions and matrix products, and its own tools make no other weights sparse.
+_OTHERS: Final = {
+    **dict.fromkeys(("ConvInteger", "ConvTranspose", "DeformConv", "Einsum", "MatMulInteger"), 1),
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), 1),
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul"), 3),
+}
+_KERNELS: Final = "Conv, Gemm and MatMul"
+_WHERE: Final = "`unirt sparsify --check`, or check_sparsity() in Python,"
 
 _CHANNELS: Final = 8  # a sparse kernel computes multiples of so many outputs
 _SMALL: Final = 1024  # weights: fewer are done with before a sparse kernel has started
@@ -89,7 +99,8 @@ class LayerSparsity:
 
     `sparse`: the weight is 2:4 already. `qualifies`: `sparsify` would prune it by itself; if not,
     `reason` says why. `zeros` is the share of weights that are zero. A layer whose weight is not a
-    constant has neither `weight` nor `shape` nor `axis`.
+    constant has neither `weight` nor `shape` nor `axis`, and an operator without sparse kernels has
+    no `axis`.
     """
 
     node: str
@@ -106,7 +117,7 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class SparsityTable:
-    """All layers of a model that 2:4 sparsity is about, in the order of the graph."""
+    """All layers of a model's main graph that multiply by a weight, in its order."""
 
     model: str
     layers: tuple[LayerSparsity, ...]
@@ -126,8 +137,8 @@ class SparsityTable:
                 layer.node,
                 layer.operator,
                 _shape(layer.shape),
-                layer.dtype,
-                f"{layer.zeros:.0%}",
+                layer.dtype or "-",
+                f"{layer.zeros:.0%}" if layer.weight else "-",
                 "yes" if layer.sparse else "no",
                 "yes" if layer.qualifies else f"no: {layer.reason}",
             )
@@ -140,7 +151,7 @@ def sparsify(
     model: Model | ModelSource,
     *,
     keep: Collection[str] = (),
-    nodes: Collection[str] | None = None,
+    only: Collection[str] | None = None,
 ) -> Sparsified:
     """The model with the weights of Conv, Gemm and MatMul pruned to 2:4, held in memory.
 
@@ -152,49 +163,42 @@ def sparsify(
     are judged by what they stand for and set to their zero point. A weight of several layers is
     pruned once, if all of its readers want the same.
 
-    `keep` names nodes to leave alone. `nodes` names the only ones to prune, and prunes them also
-    where sparse kernels would not pay. Layers in subgraphs and functions stay as they are. For
-    speed, build with TensorRT's option `sparse_weights`.
+    Nodes named in `keep` stay as they are, and with `only` all others but these, which are pruned
+    also where sparse kernels would not pay. Layers in subgraphs and functions stay too. For speed,
+    build with TensorRT's option `sparse_weights`.
 
-    Raises OptionError for unknown names and for one in `nodes` that cannot be pruned, ModelError if
+    Raises OptionError for unknown names and for one in `only` that cannot be pruned, ModelError if
     there is nothing to prune, BackendUnavailable without the onnx package.
     """
     source = Model.open(model)
-    graph = _Graph(read_graph(find_onnx(source, "made sparse"), "made sparse"))
+    graph = _open(source, "made sparse")
     _check_names(graph, "keep", keep)
-    _check_names(graph, "nodes", nodes or ())
+    if only is not None:
+        _check_names(graph, "only", only)
     kept: dict[str, str] = {}
     chosen: list[_Layer] = []
     for layer in graph.layers:
         if layer.name in keep:
             kept[layer.name] = "it is to be kept"
-        elif nodes is not None and layer.name not in nodes:
+        elif only is not None and layer.name not in only:
             kept[layer.name] = "it is not among the nodes to prune"
         elif reason := layer.obstacle:
             kept[layer.name] = reason
-        elif nodes is None and layer.doubt and not layer.sparse:
+        elif only is None and layer.doubt and not layer.sparse:
             kept[layer.name] = layer.doubt
         else:
             chosen.append(layer)
     chosen = _agreeing(chosen, kept)
-    for name in nodes or ():
+    for name in only or ():
         if name in kept and name not in keep:
             raise OptionError(
                 f"The node {name!r} cannot be pruned to 2:4.",
                 f"It was named, but {kept[name]}.",
-                "Leave it out of `nodes`, or call check_sparsity() to see what qualifies.",
+                f"Do not name it; {_WHERE} says what qualifies.",
                 node=name,
             )
     if not chosen:
-        example = next(iter(kept.items()), None)
-        raise ModelError(
-            f"{source.name} has no layer to prune to 2:4.",
-            f"{example[0]!r} stays, for one: {example[1]}."
-            if example
-            else "It has no Conv, Gemm or MatMul outside of subgraphs and functions.",
-            "Call check_sparsity() for all layers; name some in `nodes` to prune them anyway.",
-            kept=kept,
-        )
+        raise _nothing(source.name, graph, kept)
     pruned = _prune(chosen)
     notes = graph.notes()
     if count := sum(layer.sparse for layer in chosen):
@@ -205,16 +209,17 @@ def sparsify(
 
 
 def check_sparsity(model: Model | ModelSource) -> SparsityTable:
-    """Which Conv, Gemm and MatMul are 2:4 already, and which qualify or why they do not.
+    """Which layers are 2:4 already, and which qualify or why they do not.
 
-    A layer qualifies if its weight is a constant that nothing else needs as it is, it has one
-    group, and its sizes are multiples of what sparse kernels compute at once: 16 summed inputs (32
-    with 8 bits) and 8 outputs.
+    Listed are Conv, Gemm and MatMul, and what else multiplies by a weight, such as ConvTranspose,
+    which has no sparse kernels. A layer qualifies if its weight is a constant that nothing else
+    needs as it is, it has one group, and its sizes are multiples of what sparse kernels compute at
+    once: 16 summed inputs (32 with 8 bits) and 8 outputs.
 
     Raises ModelError for a model without an ONNX graph, BackendUnavailable without onnx.
     """
     source = Model.open(model)
-    graph = _Graph(read_graph(find_onnx(source, "checked for sparsity"), "checked for sparsity"))
+    graph = _open(source, "checked for sparsity")
     refused: dict[str, str] = {}
     _agreeing([layer for layer in graph.layers if not layer.obstacle], refused)
     rows = []
@@ -228,7 +233,7 @@ def check_sparsity(model: Model | ModelSource) -> SparsityTable:
                 weight.name if weight else "",
                 weight.shape if weight else (),
                 weight.dtype if weight else "",
-                weight.axes[layer.axis] if weight and len(weight.axes) > 1 else None,
+                _stored_axis(layer) if layer.prunable else None,
                 layer.zeros,
                 layer.sparse,
                 not reason,
@@ -303,7 +308,9 @@ class _Weight:
 
 @dataclass
 class _Layer:
-    """A Conv, Gemm or MatMul. `obstacle`: why it cannot be pruned; `doubt`: why it hardly pays."""
+    """What multiplies by a weight. `obstacle`: why it cannot be pruned; `doubt`: why it hardly
+    pays.
+    """
 
     node: onnx.NodeProto
     weight: _Weight | None = None
@@ -320,6 +327,11 @@ class _Layer:
     def name(self) -> str:
         return str(self.node.name)
 
+    @property
+    def prunable(self) -> bool:
+        """Whether it is of those that have sparse kernels, and its weight has an axis for them."""
+        return _is_layer(self.node) and self.weight is not None and len(self.weight.seen) > 1
+
 
 class _Graph:
     """The main graph of a model, its layers and who reads its tensors."""
@@ -334,7 +346,8 @@ class _Graph:
             for name in {*node.input, *captured(node)} - {""}:
                 self._readers[name].append(node)
         self._outputs = {value.name for value in proto.graph.output}
-        self.layers = [self._layer(node) for node in proto.graph.node if _is_layer(node)]
+        nodes = proto.graph.node
+        self.layers = [self._layer(node) for node in nodes if _is_layer(node) or _is_other(node)]
 
     def notes(self) -> list[str]:
         notes = []
@@ -344,11 +357,17 @@ class _Graph:
             ("functions", [node for f in self.proto.functions for node in f.node]),
         ):
             if count := sum(map(_is_layer, all_nodes(nodes))):
-                notes.append(f"{_layers(count)} in {where} stay as they are.")
+                stay = "stays as it is" if count == 1 else "stay as they are"
+                notes.append(f"{_layers(count)} in {where} {stay}.")
         return notes
 
     def _layer(self, node: onnx.NodeProto) -> _Layer:
         layer = _Layer(node)
+        if _is_other(node):
+            weight = layer.weight = self._weight(node.input[_OTHERS[node.op_type]])
+            layer.zeros = _zeros(weight.values()) if weight else 0.0
+            layer.obstacle = f"sparse kernels are for {_KERNELS}, not for {node.op_type}"
+            return layer
         found = [self._weight(name) for name in node.input[:2]]
         if node.op_type == "Conv":
             found[0] = None
@@ -366,7 +385,7 @@ class _Graph:
         layer.axis, channels = _axes(node, position, len(weight.seen))
         values = weight.values()
         layer.sparse = is_sparse(values, layer.axis)
-        layer.zeros = 1 - np.count_nonzero(values) / max(values.size, 1)
+        layer.zeros = _zeros(values)
         groups = next((a.i for a in node.attribute if a.name == "group"), 1)
         layer.obstacle = _obstacle(weight, values, layer.axis, groups)
         layer.doubt = _doubt(weight, values.shape[layer.axis], values.shape[channels])
@@ -549,9 +568,7 @@ def _constants(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """The tensors of initializers and Constant nodes, to be changed in place."""
     from onnx import numpy_helper
 
-    # Since IR version 4 an initializer that is an input too is only a default for the caller.
-    inputs = {value.name for value in proto.graph.input} if proto.ir_version >= 4 else set()
-    found = {t.name: t for t in proto.graph.initializer if t.name not in inputs}
+    found = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in proto.graph.node:
         if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
             continue
@@ -570,8 +587,18 @@ def _wide(tensor: onnx.TensorProto) -> Array:
     return np.asarray(numpy_helper.to_array(tensor)).astype(np.float32)
 
 
+def _zeros(values: Array) -> float:
+    """The share of values that are zero."""
+    return 1 - float(np.count_nonzero(values)) / max(values.size, 1)
+
+
 def _is_layer(node: onnx.NodeProto) -> bool:
     return node.op_type in LAYERS and node.domain in ("", "ai.onnx") and len(node.input) > 1
+
+
+def _is_other(node: onnx.NodeProto) -> bool:
+    position = _OTHERS.get(node.op_type, len(node.input))
+    return node.domain in ("", "ai.onnx") and len(node.input) > position
 
 
 def _layers(count: int) -> str:
@@ -579,7 +606,7 @@ def _layers(count: int) -> str:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+    return "x".join(map(str, shape)) or "-"
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
@@ -590,19 +617,34 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
+def _open(source: Model, what: str) -> _Graph:
+    """The graph of a model. Weights that are inputs too are constants: UniRT never feeds them."""
+    proto = read_graph(find_onnx(source, what), what)
+    drop_weight_inputs(proto, always=True)
+    return _Graph(proto)
+
+
 def _check_names(graph: _Graph, option: str, given: Collection[str]) -> None:
-    if isinstance(given, str):
-        raise OptionError(
-            f"{option} is the text {given!r}.",
-            "It takes the names of several nodes.",
-            f"Write {option}=[{given!r}].",
-        )
-    names = [layer.name for layer in graph.layers]
-    for name in given:
-        if name not in names:
-            raise OptionError(
-                f"{option} names the node {name!r}, which is no layer of the model.",
-                f"2:4 sparsity is about nodes of {', '.join(sorted(LAYERS))} outside of subgraphs.",
-                nearest(name, names, "Call check_sparsity() to see them."),
-                node=name,
-            )
+    check_option(
+        option,
+        given,
+        [layer.name for layer in graph.layers],
+        "nodes",
+        "that is no layer of the model",
+        f"2:4 sparsity is about {_KERNELS} outside of subgraphs and functions.",
+        f"{_WHERE} lists them.",
+    )
+
+
+def _nothing(name: str, graph: _Graph, kept: Mapping[str, str]) -> ModelError:
+    example = next(iter(kept.items()), None)
+    forced = next((one.name for one in graph.layers if one.doubt and not one.obstacle), "")
+    named = f" What hardly pays is pruned if `only` names it, for example {forced!r}."
+    return ModelError(
+        f"{name} has no layer to prune to 2:4.",
+        f"{example[0]!r} stays, for one: {example[1]}."
+        if example
+        else f"It has none of {_KERNELS} outside of subgraphs and functions.",
+        f"{_WHERE} tells of all layers." + (named if forced else ""),
+        kept=dict(kept),
+    )

@@ -18,12 +18,16 @@ from unirt.model import Model, ModelSource
 from unirt.precision.calibration.histogram import BINS, PERCENTILE, Histogram, Method, check_method
 from unirt.precision.calibration.ranges import Calibration, Range
 from unirt.precision.calibration.watch import Watcher
+from unirt.precision.graph import captured
 from unirt.precision.tflite import TFLiteWatcher
 from unirt.types import TensorSpec
 
 CalibrationData: TypeAlias = "DataSource | Samples | Iterable[Any]"
 
 MEMORY: Final = 2**30
+_POLES: Final = frozenset({"Atanh", "Div", "Log", "Pow", "Reciprocal"})
+"""Operators with infinities that are none of an overflow."""
+
 _ROWS: Final = 8  # samples of an array that one call takes, where the model leaves that open
 
 
@@ -53,16 +57,24 @@ class Observations:
         for name, histogram in self.histograms.items():
             found = histogram.range_by(method, percentile)
             if found.empty:
+                found, told = _instead(Range(histogram.low, histogram.high))
                 notes.append(
-                    f"{name!r} is 0 in every sample: its range is -1 to 1, so that its scale is "
-                    "none of 0."
+                    f"{name!r} is {told}: its range is {found.low:.3g} to {found.high:.3g}, so "
+                    "that its scale is none of 0."
                 )
-                found = Range(-1.0, 1.0)
             elif histogram.low == histogram.high:
                 notes.append(f"{name!r} is {histogram.low:.6g} in every sample.")
             ranges[name] = found
         how = f"percentile {percentile:g}" if method == "percentile" else method
         return Calibration(ranges, how, self.samples, self.model, tuple(notes), self.tensors)
+
+
+def _instead(whole: Range) -> tuple[Range, str]:
+    """What a tensor gets in place of an empty range, and what its values are; `whole` is all."""
+    if not whole.empty:
+        return whole, "next to 0 but for outliers"
+    size = f"at most {whole.size:.3g} in every sample, next to 0"
+    return Range(-1.0, 1.0), size if whole.size else "0 in every sample"
 
 
 def calibrate(
@@ -163,6 +175,12 @@ def observe_with(
                 masked.add(name)
     notes = list(watched.notes)
     notes += [f"{name!r} holds -inf, as masks do: it has no range." for name in sorted(masked)]
+    if not any(histogram.values for histogram in histograms.values()) and not masked:
+        raise DataError(
+            f"There is no data to calibrate {source.name} on.",
+            f"In {run.samples} samples none of its {len(histograms)} tensors has an element.",
+            "Give samples that hold something, better some hundred that are like those to come.",
+        )
     for name in [name for name, histogram in histograms.items() if not histogram.values]:
         if name not in masked:
             notes.append(f"{name!r} has no element in any sample: it has no range.")
@@ -228,6 +246,8 @@ class _Run:
     ) -> None:
         self._name, self._watcher, self._calls = name, watcher, calls
         self._count = 0
+        self._seen: set[str] = set()
+        self._odd: set[str] = set()  # those that held -inf where it is let pass
         self.samples = 0
         """Of the calls that are done."""
 
@@ -235,7 +255,9 @@ class _Run:
         """Raises DataError, last of all, if there was no data."""
         for feed, count in self._calls:
             self._count = count
-            yield from self._watcher.show(feed)
+            for name, values in self._watcher.show(feed):
+                yield name, values
+                self._seen.add(name)
             self.samples += count
         if not self.samples:
             raise DataError(
@@ -247,7 +269,59 @@ class _Run:
     def check(self, name: str, values: np.ndarray[Any, Any]) -> None:
         """Raises DataError for values just shown, unless all of them are finite or masked."""
         if name in self._watcher.watched.strict or not _only_masked(values):
-            raise _not_finite(name, values, self.samples, self._count)
+            raise self._not_finite(name, values)
+        self._odd.add(name)
+
+    def _not_finite(self, name: str, values: np.ndarray[Any, Any]) -> DataError:
+        sample, finite = self.samples, np.isfinite(values)
+        wrong = values[~finite]
+        if self._count > 1 and values.shape[:1] >= (self._count,):  # samples lie along axis 0
+            rows = finite.reshape(len(values), -1).all(axis=1)
+            sample += int(np.argmin(rows)) % self._count
+        found = "NaN" if np.isnan(wrong).any() else str(wrong[0])
+        cause = self._cause(name, found)
+        return DataError(
+            f"The tensor {name!r} holds {found} in sample {sample}.",
+            f"{wrong.size:,} of its {values.size:,} values there are not finite, and no range can "
+            f"hold them{cause.made}.",
+            cause.remedy,
+            tensor=name,
+            sample=sample,
+            node=cause.node,
+        )
+
+    def _cause(self, name: str, found: str) -> _Cause:
+        """What made a tensor that is not finite, as far as what was seen tells."""
+        watcher = self._watcher
+        look = "Look at that sample first; samples count from 0."
+        if not isinstance(watcher, Watcher) or (node := watcher.maker(name)) is None:
+            return _Cause(look)
+        called, finite = f"{node.op_type} {node.name!r}", True
+        for read in sorted({*node.input, *captured(node)} - {""}):
+            weight = watcher.weight(read)
+            if weight is None or weight.dtype.kind != "f":
+                finite &= weight is not None or read in self._seen - self._odd
+            elif not _only_masked(weight):
+                return _Cause(
+                    "That weight is damaged, whatever the data: export or train the network again.",
+                    f"; {called} reads the weight {read!r}, which is not finite itself",
+                    node.name,
+                )
+            else:
+                finite &= bool(np.isfinite(weight).all())
+        if finite and found != "NaN" and node.op_type not in _POLES:
+            remedy = "the network overflows there: its answers cannot be right either."
+        else:
+            remedy = "the network has no finite answer to it."
+        made = f"; {called} made them" + " of finite ones" * finite
+        return _Cause(f"{look} If the data is right, {remedy}", made, node.name)
+
+
+@dataclass(frozen=True)
+class _Cause:
+    remedy: str
+    made: str = ""
+    node: str = ""
 
 
 def _calls(specs: tuple[TensorSpec, ...], data: CalibrationData) -> Iterator[tuple[Feed, int]]:
@@ -269,31 +343,22 @@ def _calls(specs: tuple[TensorSpec, ...], data: CalibrationData) -> Iterator[tup
 def _admitted(specs: tuple[TensorSpec, ...], data: Iterable[Any]) -> Iterator[tuple[Feed, int]]:
     for sample, inputs in enumerate(data):
         try:
-            yield admit(inputs, specs, "cpu"), 1
+            feed = admit(inputs, specs, "cpu")
         except InputError as error:
             facts = {**error.facts, "sample": sample}
             raise InputError(
                 f"In sample {sample}: {error.what}", error.why, error.remedy, **facts
             ) from error
+        given = [value for value in feed.values() if value is not None]
+        if given and not any(np.size(value) for value in given):
+            raise DataError(
+                f"Sample {sample} is empty.",
+                "None of its inputs has an element, so that it tells no range.",
+                "Leave it out, and look at how the samples were cut.",
+                sample=sample,
+            )
+        yield feed, 1
 
 
 def _only_masked(values: np.ndarray[Any, Any]) -> bool:
     return not bool(np.isnan(values).any() or np.isposinf(values).any())
-
-
-def _not_finite(name: str, values: np.ndarray[Any, Any], sample: int, count: int) -> DataError:
-    finite = np.isfinite(values)
-    wrong = values[~finite]
-    if count > 1 and values.shape[:1] >= (count,):  # samples lie along the first axis
-        rows = finite.reshape(len(values), -1).all(axis=1)
-        sample += int(np.argmin(rows)) % count
-    found = "NaN" if np.isnan(wrong).any() else str(wrong[0])
-    return DataError(
-        f"The tensor {name!r} holds {found} in sample {sample}.",
-        f"{wrong.size:,} of its {values.size:,} values there are not finite, and no range can hold "
-        "them.",
-        "Look at that sample first; samples count from 0. If the data is right, the network "
-        "overflows: its answers cannot be right either.",
-        tensor=name,
-        sample=sample,
-    )

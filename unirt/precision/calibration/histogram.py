@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -20,13 +21,17 @@ LEVELS: Final = 128
 
 _FINER: Final = 8  # bins kept for each one asked for: what remains after growing is still enough
 _CHUNK: Final = 1 << 16  # values counted at a time, so that what is computed of them fits a cache
+_SMALLEST: Final = -127  # exponent of float32, zero's
 _LEAST: Final = -100  # exponent; below it a scale for the bins would overflow float32
+_FAR: Final = 4096  # values that bins need not reach to
+_SPARE: Final = 4  # octaves by which bins reach further than they need, so that few values are far
 _SMOOTHING: Final = 1e-4  # what empty bins get
 _CANDIDATES: Final = 256  # judged at a time
 _ORDERS: Final = 10
 
 _Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 _Counts: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+_Values: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Histogram:
@@ -36,6 +41,9 @@ class Histogram:
     depend on the order of the values, nor on how they were split into arrays. `low` and `high` are
     the exact extremes, `zeros` counts exact zeros. Takes 64 bytes for each of `bins`, however many
     values; eight times as many are kept, and less than half of them can be beyond the extremes.
+
+    Up to 4096 outliers are kept as they are, in 16 kB more, where bins that reach to them would be
+    too wide for all others: percentiles are as exact beside a few as without.
     """
 
     def __init__(self, bins: int = BINS) -> None:
@@ -53,6 +61,7 @@ class Histogram:
         self._half = bins * _FINER // 2
         self._exponent = _LEAST
         self._counts: _Counts = np.zeros(2 * self._half, np.int64)
+        self._far: _Values = np.zeros(0, np.float32)  # beyond +-2**exponent
 
     def add(self, values: np.ndarray[Any, Any]) -> bool:
         """Counts float32 values of any shape. False, with nothing counted, if one is not finite."""
@@ -62,26 +71,63 @@ class Histogram:
         low, high = float(flat.min()), float(flat.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             return False
-        self._grow(math.frexp(max(-low, high))[1])
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.values += flat.size
-        self.zeros += flat.size - int(np.count_nonzero(flat))
-        scale = np.float32(self._half * 2.0**-self._exponent)  # a power of two, so it is exact
         for start in range(0, flat.size, _CHUNK):
-            scaled = flat[start : start + _CHUNK] * scale
-            index = np.floor(scaled, out=scaled).astype(np.int64)
-            index += self._half
-            self._counts += np.bincount(index, minlength=2 * self._half)
+            chunk = flat[start : start + _CHUNK]
+            self.zeros += int(np.count_nonzero(chunk == 0))  # several times as fast as of floats
+            limit = 2.0**self._exponent
+            if max(-low, high) >= limit:
+                chunk = self._near(chunk, np.flatnonzero((chunk >= limit) | (chunk < -limit)))
+            self._counts += self._counted(chunk, self._exponent)
         return True
 
-    def _grow(self, exponent: int) -> None:
-        """Makes the bins reach to +-2**exponent, if they do not."""
-        steps = exponent - self._exponent if self.values else 0
-        for _ in range(min(steps, self._half.bit_length())):  # by then all lie at zero
-            merged = self._counts.reshape(-1, 2).sum(axis=1)
-            self._counts[:] = 0
-            self._counts[self._half // 2 : self._half + self._half // 2] = merged
-        self._exponent = max(self._exponent, exponent)
+    def _near(self, values: _Values, far: _Counts) -> _Values:
+        """The same without the values at the places `far`, which are kept as they are: zeros stand
+        there, whose count is taken off beforehand.
+        """
+        if not far.size:
+            return values
+        self._far = np.concatenate([self._far, values[far]])
+        if self._exponent > _LEAST or self._far.size > _FAR:
+            self._grow()
+        self._counts[self._half] -= far.size
+        near = values.copy()
+        near[far] = 0
+        return near
+
+    def _grow(self) -> None:
+        """Makes the bins reach as far as they should, a matter of all values and not of their
+        order: to the extremes, but no further than 16 times what all but _FAR values keep to.
+        """
+        exponent = min(self._reach, self._usual() + _SPARE)
+        if exponent > self._exponent:
+            inside = _exponents(self._far) <= exponent
+            counts = merged(self._counts, exponent - self._exponent)
+            self._counts = counts + self._counted(self._far[inside], exponent)
+            self._far, self._exponent = self._far[~inside], exponent
+
+    def _usual(self) -> int:
+        """The exponent that all but _FAR values keep to."""
+        if self._far.size > _FAR:
+            beyond = np.cumsum(np.bincount(_exponents(self._far) - _SMALLEST)[::-1])
+            return _SMALLEST + beyond.size - 1 - int(np.argmax(beyond > _FAR))
+        steps, counted = 0, int(self._counts.sum())
+        while steps < _SPARE:
+            half = self._half >> steps + 1
+            near = self._counts[self._half - half : self._half + half]
+            if self._far.size + counted - int(near.sum()) > _FAR:
+                break
+            steps += 1
+        return self._exponent - steps
+
+    def _counted(self, values: _Values, exponent: int) -> _Counts:
+        """Counts of values between +-2**exponent, in as many bins as are kept."""
+        scale = np.float32(self._half * 2.0**-exponent)  # a power of two, so it is exact
+        scaled = values * scale
+        index = np.floor(scaled, out=scaled).astype(np.int64)
+        index += self._half
+        return np.bincount(index, minlength=2 * self._half)
 
     @property
     def size(self) -> float:
@@ -90,8 +136,18 @@ class Histogram:
 
     @property
     def width(self) -> float:
-        """Of the bins as they are kept: at most size / (2 * bins)."""
-        return math.ldexp(1.0, self._exponent) / self._half
+        """Of the bins that reach to the extremes: at most size / (2 * bins)."""
+        return math.ldexp(1.0, self._reach) / self._half
+
+    @property
+    def _reach(self) -> int:
+        """The exponent with which all values lie in bins."""
+        return max(math.frexp(self.size)[1], _LEAST)
+
+    def _all(self) -> _Counts:
+        """Counts of all values, in bins of `width`."""
+        counts = merged(self._counts, self._reach - self._exponent)
+        return counts + self._counted(self._far, self._reach)
 
     def coarse(self) -> tuple[_Counts, _Floats]:
         """Counts in `bins` equal bins between +-`size`, and their edges.
@@ -99,7 +155,7 @@ class Histogram:
         Kept bins that an edge cuts are divided in proportion.
         """
         edges = np.linspace(-self.size, self.size, self.bins + 1)
-        below = np.concatenate([[0], np.cumsum(self._counts)])
+        below = np.concatenate([[0], np.cumsum(self._all())])
         cut = np.interp(edges / self.width + self._half, np.arange(below.size), below)
         cut[0], cut[-1] = 0, self.values
         return np.diff(np.rint(cut).astype(np.int64)), edges
@@ -121,20 +177,27 @@ class Histogram:
 
     def _percentile(self, percentile: float) -> tuple[float, float]:
         """Half of what is beyond is cut on each side; linear within a bin."""
+        self._grow()
         outside = (100 - percentile) / 200
         if outside == 0:
             return self.low, self.high
         return self._quantile(outside), self._quantile(1 - outside)
 
     def _quantile(self, share: float) -> float:
-        below = np.cumsum(self._counts)
+        far = np.sort(self._far)
+        negative = int(np.searchsorted(far, 0))
+        below = negative + np.cumsum(self._counts)
         wanted = share * self.values
+        if not negative < wanted <= below[-1]:
+            before = 0 if wanted <= negative else int(self._counts.sum())
+            return float(far[max(math.ceil(wanted) - before, 1) - 1])
         index = int(np.searchsorted(below, wanted))
-        before = int(below[index - 1]) if index else 0
+        before = int(below[index - 1]) if index else negative
         inside, zeros = int(self._counts[index]), self.zeros if index == self._half else 0
         if wanted <= before + zeros:
             return 0.0  # exact zeros are the first of their bin
-        return (index - self._half + (wanted - before - zeros) / (inside - zeros)) * self.width
+        bins = index - self._half + (wanted - before - zeros) / (inside - zeros)
+        return bins * math.ldexp(1.0, self._exponent) / self._half
 
     def _entropy(self) -> float:
         counts, edges = self.coarse()
@@ -149,23 +212,42 @@ class Histogram:
         neighbours. The error is an integral over the histogram: values are spread evenly in a bin,
         exact zeros apart.
         """
-        integrals = _Integrals(self._counts, self.zeros, self.width)
+        integrals = _Integrals(self._all(), self.zeros, self.width)
         grid = np.geomspace(self.size / 256, self.size, 320)
         best = int(np.argmin(integrals.errors(grid)))
         around = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, grid.size - 1)], 65)
         return float(around[np.argmin(integrals.errors(around))])
 
 
+def merged(counts: _Counts, steps: int) -> _Counts:
+    """The same counts in bins twice as wide, so many times; there are as many bins, as before."""
+    if not steps:
+        return counts
+    sums = counts.reshape(-1, min(2**steps, counts.size // 2)).sum(axis=1)
+    made = np.zeros_like(counts)
+    start = (counts.size - sums.size) // 2
+    made[start : start + sums.size] = sums
+    return made
+
+
+def _exponents(values: _Values) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """With which values lie in bins from -2**exponent up to, and without, 2**exponent."""
+    bits = values.view(np.int32)  # several times as fast as np.frexp
+    magnitude = (bits & 0x7FFFFFFF) - (bits < 0)
+    return np.asarray((magnitude >> 23) - 126)
+
+
 def check_method(method: str, percentile: float) -> None:
     """Raises OptionError."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise OptionError(
             f"There is no calibration method {method!r}.",
             f"Ranges are found by one of {', '.join(METHODS)}.",
             "Choose one of them.",
             method=method,
         )
-    if not 50 < percentile <= 100:
+    number = isinstance(percentile, numbers.Real) and not isinstance(percentile, bool)
+    if not (number and 50 < percentile <= 100):
         raise OptionError(
             f"{percentile!r} is no percentile to keep.",
             "It is the percentage of values within the range, more than half of them.",

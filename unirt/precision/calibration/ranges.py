@@ -7,7 +7,7 @@ import logging
 import numbers
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,6 +76,7 @@ class Range:
 
 
 RangeLike: TypeAlias = "Range | float | tuple[float, float]"
+CalibrationSource: TypeAlias = "Calibration | str | os.PathLike[str]"
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,12 @@ class Calibration:
         Raises OptionError for what is no range, for an empty one, and for names that the network
         lacks where its names are known.
         """
+        if not isinstance(ranges, Mapping):
+            raise OptionError(
+                f"What was given, of type {type(ranges).__name__}, are no ranges by tensor name.",
+                "Each range belongs to a tensor of the network.",
+                "Write for example {'logits': (-1.5, 4.0)}.",
+            )
         given = {name: _given(name, value) for name, value in ranges.items()}
         if self.tensors:
             check_names(given, self.tensors)
@@ -125,13 +132,18 @@ class Calibration:
         if self.method != BY_HAND and given:
             listed = ", ".join(map(repr, given))
             notes += (f"Given by hand, not found by {self.method}: the range of {listed}.",)
+        notes += tuple(
+            f"The range of {name!r} was given as the one value {one.low:.6g}: others are cut off."
+            for name, one in given.items()
+            if one.low == one.high
+        )
         return replace(self, ranges={**self.ranges, **given}, notes=notes)
 
     def check(self, model: Model | ModelSource) -> tuple[str, ...]:
         """Sentences on why these ranges may not suit that model; logged too. None for its own.
 
-        A network that was exported again or simplified keeps names, so that another content hash
-        alone is no error. Raises ModelError if the model has no tensor of any of the names.
+        A network that was exported again or simplified keeps most names, so that another content
+        hash alone is no error. Raises ModelError if the model has less than half of the names.
         """
 
         source = Model.open(model)
@@ -140,11 +152,11 @@ class Calibration:
             return ()
         _, names = graph_names(source)
         missing = [name for name in self.ranges if name not in names]
-        if self.ranges and len(missing) == len(self.ranges):
+        if 2 * len(missing) > len(self.ranges):
             raise ModelError(
                 f"The calibration is not one of {source.name}.",
-                f"It has ranges of {len(missing)} tensors, such as {missing[0]!r}, and the model "
-                "has no tensor of any of these names.",
+                f"It has ranges of {len(self.ranges)} tensors, and {len(missing)} of them, such as "
+                f"{missing[0]!r}, are not in the model.",
                 "Calibrate this model, or use the one that was calibrated.",
                 missing=tuple(missing),
             )
@@ -163,7 +175,7 @@ class Calibration:
 
         Replaces what is there, whole or not at all. Raises DataError where it cannot be written.
         """
-        path = Path(path)
+        path = _path(path)
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -183,17 +195,16 @@ class Calibration:
             '  "tensors": [\n' + ",\n".join(names) + "\n  ]",
         ]
         text = "\n".join(["{", *lines, *blocks, "}"]) + "\n"
-        written = ""
+        target = path.resolve()  # a symbolic link stays one
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
         try:
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-            ) as file:
-                written = file.name
-                file.write(text)
-            Path(written).replace(path)
+            try:
+                with part.open("x", encoding="utf-8") as file:
+                    file.write(text)
+                part.replace(target)
+            finally:
+                part.unlink(missing_ok=True)
         except OSError as error:
-            if written:
-                Path(written).unlink(missing_ok=True)
             raise DataError(
                 f"The calibration cannot be saved to {path}.",
                 f"{error.strerror or error}.",
@@ -204,13 +215,46 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """What `save` wrote, every value checked. Raises DataError."""
-        path = Path(path)
+        """What `save` wrote, every value checked. Raises DataError, OptionError for no path."""
+        path = _path(path)
         return _Reader(path).calibration(_read(path))
+
+
+def find_calibration(given: CalibrationSource) -> Calibration:
+    """The calibration itself, or the one that was saved to this path.
+
+    Raises DataError for what cannot be loaded, OptionError for what is neither.
+    """
+    if isinstance(given, Calibration):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return Calibration.load(given)
+    raise OptionError(
+        f"What was given, of type {type(given).__name__}, is no calibration.",
+        "It is what unirt.precision.calibrate gives, or the path of a file that it was saved to.",
+        "Pass one of them, or inputs (samples=, data=) to have their ranges found.",
+    )
+
+
+def _path(given: str | os.PathLike[str]) -> Path:
+    if isinstance(given, str | os.PathLike):
+        return Path(given)
+    raise OptionError(
+        f"What was given, of type {type(given).__name__}, is no path.",
+        "A calibration is saved to a file, and loaded from one.",
+        "Give the path as text or pathlib.Path.",
+    )
 
 
 def _given(name: str, given: RangeLike) -> Range:
     value = _plain(given)
+    if isinstance(value, int | float) and -_LARGEST <= value < 0:
+        raise OptionError(
+            f"The range of {name!r} is {value!r}.",
+            "A single number is the largest magnitude, and none is negative.",
+            f"Give {-value!r} for {value!r} to {-value!r}; or both ends.",
+            name=name,
+        )
     if isinstance(value, Range):
         found = value
     elif not isinstance(value, tuple | list):

@@ -23,9 +23,12 @@ from unirt.precision.graph import (
     all_nodes,
     captured,
     main_names,
+    name_nodes,
     tensor_names,
 )
 from unirt.precision.names import check_names
+from unirt.precision.quantization.opset import check_opset
+from unirt.precision.quantization.prepare import check_node_names
 from unirt.precision.source import find_onnx, read_graph, tensor_types
 from unirt.session import Session
 
@@ -67,10 +70,12 @@ class Watched:
     def of(cls, proto: onnx.ModelProto, name: str, wanted: Collection[str] | None) -> Watched:
         """Every float32 tensor that depends on inputs, or the wanted ones of them.
 
-        Raises ModelError for a graph that is quantized, computes in half precision or has no such
-        tensor, OptionError for a wanted name that is none of them.
+        Raises ModelError for a graph that is quantized, too old for it, computes in half precision
+        or has no such tensor, OptionError for a wanted name that is none of them.
         """
         graph = proto.graph
+        check_opset(proto, name)
+        check_node_names(graph)
         _refuse_quantized(proto, name)
         types = tensor_types(proto, name)
         _refuse_halves(graph, types, name)
@@ -281,6 +286,27 @@ class Watcher:
             for name in names:
                 yield name, shown.pop(name)
         self._folded = ()
+
+    def maker(self, name: str) -> onnx.NodeProto | None:
+        """The node of the main graph that makes a tensor, with the name that others call it by."""
+        name_nodes(self._proto.graph)
+        return next((node for node in self._proto.graph.node if name in node.output), None)
+
+    def weight(self, name: str) -> np.ndarray[Any, Any] | None:
+        """The values of a tensor that the file holds."""
+        from onnx import helper, numpy_helper
+
+        folder = "" if self._folder is None else self._folder.name
+        for tensor in self._proto.graph.initializer:
+            if tensor.name == name:
+                return numpy_helper.to_array(tensor, folder)
+        maker = self.maker(name)
+        if maker is None or maker.op_type != "Constant" or not maker.attribute:
+            return None
+        attribute = maker.attribute[0]
+        if attribute.HasField("t"):
+            return numpy_helper.to_array(attribute.t)
+        return np.asarray(helper.get_attribute_value(attribute))
 
     def close(self) -> None:
         self._open_groups.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,7 +10,12 @@ from typing import TYPE_CHECKING, Literal
 from unirt.errors import ModelError, OptionError
 from unirt.model import Model, ModelSource
 from unirt.precision.calibration.calibrate import CalibrationData, Extremes, extremes
-from unirt.precision.calibration.ranges import BY_HAND, Calibration
+from unirt.precision.calibration.ranges import (
+    BY_HAND,
+    Calibration,
+    CalibrationSource,
+    find_calibration,
+)
 from unirt.precision.casting.plan import make_plan, means
 from unirt.precision.casting.rewrite import Rewriter
 from unirt.precision.casting.weights import LOWS
@@ -51,7 +55,7 @@ def cast(
     *,
     keep_io: bool = True,
     data: CalibrationData | None = None,
-    ranges: Calibration | str | os.PathLike[str] | None = None,
+    ranges: CalibrationSource | None = None,
     keep: Collection[str] = (),
 ) -> Cast:
     """The model with its float32 part in `precision`, held in memory.
@@ -86,14 +90,7 @@ def cast(
             "Data is run to find the ranges that values have.",
             "Give one of them.",
         )
-    if not isinstance(keep, Collection) or not all(isinstance(name, str) for name in keep):
-        raise OptionError(
-            f"keep={keep!r} is no collection of names.",
-            "It names nodes, and is read more than once.",
-            "Write keep=['name'].",
-            keep=keep,
-        )
-    given = None if ranges is None else _calibration(ranges)
+    given = None if ranges is None else find_calibration(ranges)
     source = Model.open(model)
     low = LOWS[precision]
     proto = read_graph(find_onnx(source, f"cast to {precision}"), "cast")
@@ -131,19 +128,6 @@ def cast(
             "by max tell of all that leaves fp16"
         )
     return Cast(result, precision, MappingProxyType(kept), tuple(notes))
-
-
-def _calibration(given: Calibration | str | os.PathLike[str]) -> Calibration:
-    if isinstance(given, Calibration):
-        return given
-    if isinstance(given, str | os.PathLike):
-        return Calibration.load(given)
-    raise OptionError(
-        f"A {type(given).__name__} is no calibration.",
-        "It is what `observe(...).calibration('max')` gives, or the path of a file that it was "
-        "saved to.",
-        "Give inputs as `data` to have their ranges found.",
-    )
 
 
 def _seen(proto: onnx.ModelProto, ranges: Calibration, name: str) -> Extremes:

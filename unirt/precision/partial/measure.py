@@ -28,7 +28,11 @@ class Sensitivity:
     with all others. Nodes that low precision reaches only beside others, such as the Add of a
     residual, stand in `without` alone. `subsets` are those that the caller named. `kept` says of
     the other products why they are never quantized. `accuracy` is the float32 network's share of
-    right answers, None without labels. `engine` measured, over `samples` samples.
+    right answers, None without labels.
+
+    `engine` is what measured, over `samples` samples: `onnxruntime@cpu` means that engine as it
+    runs for everybody, with its own integer kernels; `onnxruntime@cpu, Q/DQ as written` that it was
+    kept from them, so that figures are those of the graph and of no engine.
     """
 
     model: str
@@ -154,12 +158,19 @@ def sensitivity(
     `precision`, `recipe`, `keep` and `block` are those of `quantize`.
 
     `data` is a .npz or .npy file or a mapping as `load_samples` reads it, with `labels` for task
-    accuracy, or a list of inputs; it is read once for each graph. One graph is held at a time
-    beside the network, and no activations, so that memory does not grow with nodes or data.
+    accuracy, or inputs as `Session.run` takes them, one by one, where `labels` may stand beside the
+    inputs too. It is read once for each graph: a list will do, and any object that can be iterated
+    over again, but no generator. One graph is held at a time beside the network, and no
+    activations, so that memory does not grow with nodes or data.
 
-    Graphs run on `engine` with `options`: by default on ONNX Runtime such that it computes Q/DQ as
-    they are written, or on the NumPy reference. A node with which an answer becomes NaN or infinite
-    has an infinite error. The same arguments give the same figures. `progress` hears of each graph.
+    A named `engine` is measured as it runs for everybody, like `unirt.load(graph, engine)`, or with
+    these `options`, and so is the float32 network: name the one that shall run the result where
+    figures decide. By default Q/DQ are computed as they are written, by ONNX Runtime without its
+    integer kernels or by the NumPy reference. Engines may be worse: on a CPU without VNNI sums of
+    products overflow 16 bits where the recipe leaves them no room. `Sensitivity.engine` says which.
+
+    A node with which an answer becomes NaN or infinite has an infinite error. The same arguments
+    give the same figures. `progress` hears of each graph.
 
     Raises what `quantize` raises; OptionError for a node that the recipe does not quantize;
     DataError for data that does not fit, cannot be read again, or on which the float32 network

@@ -150,7 +150,8 @@ def search(
 
     The budget is one or several of `max_drop`, the share of all samples by which task accuracy may
     fall, for which `data` needs labels; `max_error`, relative; and `min_snr` in dB. All other
-    arguments, and what is raised, are those of `sensitivity`.
+    arguments, and what is raised, are those of `sensitivity`: the budget is met on a named `engine`
+    as it runs for everybody, and without one by what the graph says, which an engine may miss.
 
     Nodes are ranked by `sensitivity` and left in float32 from the top until the budget is met, as
     Wu et al. do ("Integer Quantization for Deep Learning Inference", 2020, section 5), here in

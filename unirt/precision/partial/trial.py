@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,13 +16,14 @@ from unirt.accuracy import ErrorMeter, OutputError, classification_output, json_
 from unirt.accuracy import mismatch as find_mismatch
 from unirt.arrays import admit, describe
 from unirt.backend import Backend
-from unirt.data import Feed, Samples, load_samples
+from unirt.data import LABELS, Feed, Samples, load_samples
 from unirt.errors import DataError, OptionError
 from unirt.model import Model
 from unirt.precision.calibration.calibrate import CalibrationData
 from unirt.precision.engines import first_engine, named_engine
 from unirt.session import Session
-from unirt.types import Array, TensorSpec
+from unirt.shapes import ShapeProfile
+from unirt.types import Array, Candidate, TensorSpec
 
 Progress: TypeAlias = Callable[[str, float], None]
 """Told what is being measured, and the share of all that is done, 0 to 1."""
@@ -37,8 +38,9 @@ EXACT: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
 )
 """Engines that compute Q/DQ as they are written, and by which options; the fastest first.
 
-ONNX Runtime does so without its rewriting of Q/DQ into integer kernels, which overflow 16 bits on
-some CPUs; other rewriting only reorders sums, as every engine does. Its threads sleep while they
+Only what no caller named runs so: a named engine is measured as it runs for everybody. ONNX Runtime
+computes what is written without its rewriting of Q/DQ into integer kernels, which overflow 16 bits
+on some CPUs; other rewriting only reorders sums, as every engine does. Its threads sleep while they
 wait: many short graphs follow each other, on a machine that may have other work.
 """
 
@@ -110,12 +112,14 @@ class Trial:
         self._float, self._data = model, _Calls(model.inputs, data)
         if engine is None and "onnx" not in model.formats:
             engine = "tflite"
-        self._backend, self._device, self._options = _chosen(engine, options)
-        file = model.file(self._backend.formats) or model.primary  # which compiling refuses
+        self._target = _named(engine, options) if engine is not None else _exact(options)
+        self.engine = self._target.told
+        """What measures: a named engine as it runs for everybody, or one with Q/DQ as written."""
+        file = model.file(self._target.backend.formats) or model.primary  # which compiling refuses
         self._inputs, self._outputs = model.input_names(file), model.output_names(file)
-        self.engine = f"{self._backend.name}@{self._device}"
+        self._shapes = self._profiles()
         self._open = ExitStack()
-        self._session: Session | None = self._opened(model, self._open)
+        self._session: Session | None = self._opened(model, self._shapes[0], self._open)
         self._answers: list[dict[str, Any]] = []
         self._room = _KEPT_BYTES
         self._classifier = ""
@@ -146,7 +150,7 @@ class Trial:
         meter, hits, own, asked, samples = ErrorMeter(), 0, 0, 0, 0
         mismatch = ""
         with ExitStack() as stack:
-            session = self._opened(model, stack)
+            session = self._opened(model, self._shapes[1], stack)
             for number, call in enumerate(self._data):
                 wanted = self._answer(number, call.feed, samples)
                 feed = {self._inputs[name]: value for name, value in call.feed.items()}
@@ -157,10 +161,13 @@ class Trial:
                 if not problem:
                     meter.add(found, wanted)
                 if call.labels is not None:
-                    if not self._classifier:
+                    largest = self._data.largest_label
+                    if largest is None or not self._classifier:
                         # The largest of all: a bad one shows at once, not at the end.
-                        largest = np.full_like(call.labels, self._data.largest_label)
-                        self._classifier = classification_output(wanted, largest)
+                        asked_for = call.labels
+                        if largest is not None:
+                            asked_for = np.full_like(call.labels, largest)
+                        self._classifier = classification_output(wanted, asked_for)
                     right = call.counted(top1(wanted[self._classifier], call.labels))
                     own, asked = own + int(right.sum()), asked + right.size
                     if not problem:
@@ -215,9 +222,23 @@ class Trial:
                 self._answers.append(answer)
         return answer
 
-    def _opened(self, model: Model, stack: ExitStack) -> Session:
-        engine = stack.enter_context(self._backend.compile(model, self._device, self._options))
-        return stack.enter_context(engine.session())
+    def _profiles(self) -> tuple[list[ShapeProfile], list[ShapeProfile]]:
+        """The shapes that will come, for engines that compile for them: by the network's names of
+        its inputs, and by those of the file that graphs are made of.
+        """
+        specs = self._float.inputs
+        fixed = all(spec.shape and all(isinstance(n, int) for n in spec.shape) for spec in specs)
+        if self._target.exact or fixed or any(spec.kind != "tensor" for spec in specs):
+            return [], []
+        profile = ShapeProfile.from_samples(call.feed for call in self._data)
+        shapes = {self._inputs[name]: shape for name, shape in profile.shapes.items()}
+        values = {self._inputs[name]: value for name, value in profile.values.items()}
+        return [profile], [ShapeProfile(shapes, values)]
+
+    def _opened(self, model: Model, profiles: Sequence[ShapeProfile], stack: ExitStack) -> Session:
+        target = self._target
+        engine = target.backend.compile(model, target.device, target.options, profiles=profiles)
+        return stack.enter_context(stack.enter_context(engine).session())
 
 
 def _has_nan(value: Any) -> bool:
@@ -248,7 +269,9 @@ class _Calls:
         self._specs = specs
         self._samples: Samples | None = None
         self._listed: Iterable[Any] = ()
-        self.count, self.largest_label, self.has_labels = 0, 0, False
+        self.count, self.has_labels = 0, False
+        self.largest_label: int | None = None
+        """Of all, where they are known beforehand."""
         if isinstance(data, str | os.PathLike | Mapping | np.ndarray):
             data = load_samples(specs, data)
         if isinstance(data, Samples):
@@ -266,16 +289,19 @@ class _Calls:
             raise DataError(
                 f"The data to measure on is a {type(data).__name__}, which can be read once only.",
                 "It is read once for each graph that is measured.",
-                "Give a list, a mapping of arrays or a .npz file.",
+                "Give a list of what it yields, a .npz file, or where that does not fit into "
+                "memory an object that begins anew each time: of a class whose __iter__ is the "
+                "generator.",
             )
         else:
             self._listed = data
             self.count = len(data) if isinstance(data, Sized) else 0
+            self.has_labels = self._labelled(next(iter(data), None))
 
     def __iter__(self) -> Iterator[_Call]:
         if self._samples is None:
-            for inputs in self._listed:
-                yield _Call(admit(inputs, self._specs, "cpu"), None, 1, True)
+            for number, inputs in enumerate(self._listed):
+                yield self._call(number, inputs)
             return
         samples = self._samples
         elements = sum(value.size // samples.count for value in samples.inputs.values())
@@ -283,19 +309,56 @@ class _Calls:
         for batch in samples.batches(samples.call_size(None, rows)):
             yield _Call(batch.inputs, batch.labels, batch.count, samples.stacked)
 
+    def _labelled(self, inputs: object) -> bool:
+        """Whether labels stand beside the inputs of a call, as they do in a .npz file."""
+        own = any(spec.name == LABELS for spec in self._specs)
+        return isinstance(inputs, Mapping) and LABELS in inputs and not own
 
-def _chosen(
-    engine: str | None, options: Mapping[str, object] | None
-) -> tuple[Backend, str, Mapping[str, object]]:
-    """The backend, device and options to measure with: those named, or the first of EXACT."""
-    if engine is not None:
-        backend, device = named_engine(
-            engine,
-            "Graphs cannot be measured",
-            "They are measured as they are, and say themselves what is computed how.",
-        )
-        own = EXACT.get(backend.name, {}) if options is None else options
-        return backend, device, own
+    def _call(self, number: int, inputs: Any) -> _Call:
+        labels = None
+        if self._labelled(inputs):
+            given = inputs[LABELS]
+            scalar = getattr(given, "shape", None) == () or not isinstance(given, Iterable)
+            labels = load_samples((), {LABELS: [given] if scalar else given}).labels
+            inputs = {name: value for name, value in inputs.items() if name != LABELS}
+        if (labels is not None) != self.has_labels:
+            raise DataError(
+                f"Call {number} has {'no labels' if labels is None else 'labels'}.",
+                f"The first one has {'some' if self.has_labels else 'none'}, and an accuracy is "
+                "that of all calls; they count from 0.",
+                f"Give {LABELS!r} with each, or with none.",
+                call=number,
+            )
+        return _Call(admit(inputs, self._specs, "cpu"), labels, 1, True)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where graphs are measured, and how that is told."""
+
+    backend: Backend
+    device: str
+    options: Mapping[str, object]
+    told: str
+    exact: bool = False
+
+
+def _named(engine: str, options: Mapping[str, object] | None) -> _Target:
+    """The engine as everybody gets it who loads a graph on it, or with the options of a caller."""
+    backend, _ = named_engine(
+        engine,
+        "Graphs cannot be measured",
+        "They are measured as they are, and say themselves what is computed how.",
+    )
+    device = str(backend.find_device(Candidate.parse(engine).device))
+    told = f"{backend.name}@{device}"
+    if options:
+        told += f" with {', '.join(f'{name}={value}' for name, value in options.items())}"
+    return _Target(backend, device, options or {}, told)
+
+
+def _exact(options: Mapping[str, object] | None) -> _Target:
+    """The first of EXACT that is here."""
     if options is not None:
         raise OptionError(
             "There are options, and no engine that they are for.",
@@ -307,4 +370,5 @@ def _chosen(
         "No engine is here that computes quantized graphs exactly as they are written.",
         "pip install 'unirt[onnxruntime]', or name another engine.",
     )
-    return backend, device, EXACT[backend.name]
+    told = f"{backend.name}@{device}, Q/DQ as written"
+    return _Target(backend, device, EXACT[backend.name], told, exact=True)

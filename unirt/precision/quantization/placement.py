@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from unirt.errors import ModelError
 from unirt.precision.calibration.ranges import Range
-from unirt.precision.graph import FLOAT
+from unirt.precision.graph import FLOAT, captured
 from unirt.precision.quantization.prepare import Graph, channel_axis
 from unirt.precision.quantization.recipes import Recipe
 
@@ -19,21 +19,28 @@ if TYPE_CHECKING:
 
 CONTRACTIONS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _CONVOLUTIONS: Final = ("Conv", "ConvTranspose")
-_ACTIVATIONS: Final = frozenset({"Clip", "Relu"})
+ACTIVATIONS: Final = frozenset({"Clip", "Relu"})
 # Values come out as they went in: what goes in quantized comes out so, by the same scale.
-_MOVING: Final = frozenset(
+MOVING: Final = frozenset(
     {
         *("DepthToSpace", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice"),
         *("SpaceToDepth", "Split", "Squeeze", "Transpose", "Unsqueeze"),
     }
 )
 _AVERAGING: Final = frozenset({"AveragePool", "GlobalAveragePool"})
-# What may stand between the two products of an attention.
-_WITHIN_ATTENTION: Final = frozenset(
-    {"Add", "Cast", "Div", "Dropout", "Identity", "Mul", "Reshape", "Sub", "Transpose", "Where"}
-    | {"Expand", "Flatten", "Squeeze", "Unsqueeze", "Clip", "Max", "Min", "Tanh", "IsNaN"}
+# What stands between the two products of an attention: something that makes weights of scores,
+_WEIGHING: Final = frozenset(
+    {"Elu", "Exp", "Gelu", "HardSigmoid", "Hardmax", "LeakyRelu", "LogSoftmax", "Relu", "Sigmoid"}
+    | {"Softmax", "Softplus", "Tanh"}
 )
-_FAR: Final = 12  # nodes between a product and the Softmax of its attention
+# and what scales, masks, normalizes or moves them.
+_WITHIN_ATTENTION: Final = frozenset(
+    {"Abs", "Add", "Cast", "Clip", "Concat", "Div", "Dropout", "Expand", "Flatten", "Gather"}
+    | {"GatherElements", "Identity", "IsNaN", "Max", "Min", "Mul", "Neg", "Pad", "Pow", "Reshape"}
+    | {"Slice", "Split", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Trilu", "Unsqueeze"}
+    | {"Where"}
+)
+_FAR: Final = 24  # nodes between the two products
 
 BY_HAND: Final = "it was told to stay"
 NO_RANGE: Final = "the calibration has no range for {!r}"
@@ -115,8 +122,11 @@ def place_weights(
 
 def _blocked(graph: Graph, weight: Weight, block: int) -> tuple[Weight | None, str]:
     array = graph.array(weight.name)
-    if array is None or weight.node.op_type in _CONVOLUTIONS or array.ndim != 2:
+    assert array is not None
+    if weight.node.op_type in _CONVOLUTIONS:
         return None, "blocks are for the matrices of Gemm and MatMul only"
+    if array.ndim != 2:
+        return None, f"its weight has {array.ndim} axes, and blocks are for matrices only"
     summed = 1 - weight.axis
     if array.shape[summed] % block:
         return None, f"it sums over {array.shape[summed]} values, no multiple of blocks of {block}"
@@ -135,10 +145,17 @@ def _no_operator(node: onnx.NodeProto, recipe: Recipe) -> str:
 
 def _no_weight(graph: Graph, node: onnx.NodeProto) -> str:
     """Why a node has no weight that could be quantized. Raises ModelError for a damaged one."""
-    name = node.input[1]
+    first, name = node.input[:2]
     if not graph.is_constant(name):
+        if graph.is_constant(first) and node.op_type not in _CONVOLUTIONS:
+            return (
+                f"its constant {first!r} is the first factor, and a weight has to be the second "
+                "one: exchange both, transposed, to have it quantized"
+            )
         if name in graph.inputs:
             return f"its weight {name!r} is an input of the model"
+        if node.op_type in _CONVOLUTIONS:
+            return f"its weight {name!r} is computed"
         return "neither of its factors is a constant"
     if graph.constant_type(name) != FLOAT:
         return f"its weight {name!r} is not float32"
@@ -161,7 +178,7 @@ def _no_weight(graph: Graph, node: onnx.NodeProto) -> str:
 def _weight(graph: Graph, node: onnx.NodeProto) -> Weight:
     array = graph.array(node.input[1])
     assert array is not None
-    return Weight(node, 1, node.input[1], channel_axis(node, array.ndim))
+    return Weight(node, 1, node.input[1], channel_axis(node, array.shape))
 
 
 class _Placer:
@@ -248,7 +265,7 @@ class _Placer:
         columns = self._graph.array(node.input[1])
         transposed = any(a.name == "transA" and a.i for a in node.attribute)
         count = rows[-1] if transposed else rows[-2] if len(rows) > 1 else 1
-        width = None if columns is None else columns.shape[channel_axis(node, columns.ndim)]
+        width = None if columns is None else columns.shape[channel_axis(node, columns.shape)]
         return count == 1 or width == 1
 
     def _read(self, node: onnx.NodeProto, position: int) -> None:
@@ -262,7 +279,7 @@ class _Placer:
         while name not in self._ranges and name not in seen:
             seen.add(name)
             maker = self._graph.makers.get(name)
-            if maker is None or maker.op_type not in _MOVING or maker.domain:
+            if maker is None or maker.op_type not in MOVING or maker.domain:
                 return False
             name = maker.input[0]
         return name in self._ranges
@@ -273,7 +290,7 @@ class _Placer:
         behind = self._graph.only_reader(name)
         fits = (
             behind is not None
-            and behind.op_type in _ACTIVATIONS
+            and behind.op_type in ACTIVATIONS
             and self._choice.passes(behind.name)
         )
         if fits and behind is not None and behind.output[0] in self._ranges:
@@ -317,7 +334,7 @@ class _Placer:
             for node in self._graph.nodes:
                 if node.domain or not node.output or not node.input:
                     continue
-                if node.op_type in _MOVING:
+                if node.op_type in MOVING:
                     self._spread_moving(node)
                 elif node.op_type == "Concat":
                     self._spread_concat(node)
@@ -372,7 +389,7 @@ class _Placer:
 
     def _comes_from_convolution(self, name: str) -> bool:
         maker = self._graph.makers.get(name)
-        if maker is not None and maker.op_type in _ACTIVATIONS:
+        if maker is not None and maker.op_type in ACTIVATIONS:
             maker = self._graph.makers.get(maker.input[0])
         return (
             maker is not None
@@ -404,39 +421,49 @@ class _Ties:
 
 
 def _attention(graph: Graph) -> set[str]:
-    """The names of products of two computed factors before and behind a Softmax."""
+    """The names of two products, each of two computed factors, of which the second one reads
+    weights that are made of what the first one gives.
+    """
+    varying = _varying(graph)
+    products = {
+        node.name
+        for node in graph.nodes
+        if node.op_type in ("Einsum", "Gemm", "MatMul")
+        and not any(map(graph.is_constant, node.input[:2]))
+        and varying.issuperset(node.input[1:2])
+    }
     found = set()
     for node in graph.nodes:
-        if node.op_type != "Softmax":
-            continue
-        before = set(_products(graph, node, lambda n: _given(graph, n)))
-        behind = set(_products(graph, node, lambda n: _taking(graph, n)))
-        if before and behind:
-            found |= before | behind
+        if node.name in products and (behind := set(_weighed(graph, node, products))):
+            found |= behind | {node.name}
     return found
 
 
-def _products(
-    graph: Graph, start: onnx.NodeProto, step: Callable[[onnx.NodeProto], list[onnx.NodeProto]]
-) -> Iterator[str]:
-    """The nearest products of two computed factors on one side of a node."""
-    near, seen = step(start), set()
-    for _ in range(_FAR):
-        further: list[onnx.NodeProto] = []
-        for node in near:
-            if node.name in seen:
+def _varying(graph: Graph) -> set[str]:
+    """The tensors that depend on inputs: others are weights, even where nodes make them."""
+    found = set(graph.inputs)
+    for node in graph.nodes:
+        if not found.isdisjoint(node.input) or not found.isdisjoint(captured(node)):
+            found.update(name for name in node.output if name)
+    return found
+
+
+def _weighed(graph: Graph, start: onnx.NodeProto, products: Collection[str]) -> Iterator[str]:
+    """The nearest products that read weights made of a product's result."""
+    near, seen = [(reader, False) for reader in _taking(graph, start)], set()
+    for _ in range(_FAR + 1):
+        further: list[tuple[onnx.NodeProto, bool]] = []
+        for node, weighed in near:
+            if (node.name, weighed) in seen:
                 continue
-            seen.add(node.name)
-            if node.op_type in ("MatMul", "Einsum"):
-                if not any(map(graph.is_constant, node.input)):
+            seen.add((node.name, weighed))
+            if node.name in products:
+                if weighed:
                     yield node.name
-            elif node.op_type in _WITHIN_ATTENTION:
-                further += step(node)
+            elif node.op_type in _WEIGHING or node.op_type in _WITHIN_ATTENTION:
+                weighed |= node.op_type in _WEIGHING
+                further += [(reader, weighed) for reader in _taking(graph, node)]
         near = further
-
-
-def _given(graph: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    return [graph.makers[name] for name in node.input if name in graph.makers]
 
 
 def _taking(graph: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -18,13 +19,26 @@ Array = np.ndarray[Any, Any]
 _FOLDABLE: Final = frozenset(
     {"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
-_OPSETS_FROM_SCRATCH: Final = 7  # BatchNormalization was another operator before
+
+
+def check_node_names(graph: onnx.GraphProto) -> None:
+    """Raises ModelError where a name stands for several nodes, so that it chooses none of them."""
+    counts = Counter(node.name for node in graph.node if node.name)
+    name, count = next(iter(counts.most_common(1)), ("", 0))
+    if count > 1:
+        raise ModelError(
+            f"{count} nodes of the network are called {name!r}.",
+            "Nodes are chosen and reported by name, and some engines refuse such a graph.",
+            "Give each node a name of its own, or none; exporters do.",
+            node=name,
+        )
 
 
 class Graph:
     """The main graph of a model while it is changed: constants, makers and readers of tensors."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
+        check_node_names(model.graph)
         self.model = model
         self.proto = model.graph
         self.node_names = name_nodes(model.graph)
@@ -138,41 +152,6 @@ def _copy(message: Any) -> Any:
     return copy
 
 
-def raise_opset(model: onnx.ModelProto, needed: int, name: str) -> onnx.ModelProto:
-    """The model in at least that opset of ONNX. Raises ModelError if ONNX cannot convert it."""
-    from onnx import checker, helper, version_converter
-
-    opset = next((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), 1)
-    if opset < needed:
-        try:
-            if opset < _OPSETS_FROM_SCRATCH:
-                raise RuntimeError(f"opset {opset} is from before ONNX 1.2")
-            converted = version_converter.convert_version(model, needed)
-            given = {value.name for value in model.graph.input}
-            inputs = [value for value in converted.graph.input if value.name in given]
-            del converted.graph.input[:]  # the converter lists all weights there
-            converted.graph.input.extend(inputs)
-            checker.check_model(converted)
-            if len(converted.functions) != len(model.functions):
-                raise RuntimeError("the functions of the model are lost")
-        except Exception as error:  # the converter raises whatever its C++ does
-            raise ModelError(
-                f"{name} cannot be raised from opset {opset} to {needed}.",
-                f"Quantization needs opset {needed}, and onnx says: {_first_line(error)}.",
-                f"Export the network with opset {needed} or newer.",
-                opset=opset,
-                needed=needed,
-            ) from error
-        model = converted
-    wanted = helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
-    model.ir_version = max(model.ir_version, wanted)
-    return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def fold(graph: Graph) -> list[str]:
     """Constants that are only moved, and what scales or shifts the channels of a convolution.
 
@@ -266,14 +245,13 @@ def _fold(graph: Graph, node: onnx.NodeProto, behind: onnx.NodeProto) -> bool:
     if weight is None or bias is None or weight.dtype != np.float32:
         return False
     attributes = {a.name: a for a in node.attribute}
-    group = attributes["group"].i if "group" in attributes else 1
-    if node.op_type == "ConvTranspose" and group != 1:
+    if node.op_type == "ConvTranspose" and groups(node) != 1:
         return False  # its channels lie in two axes
     if node.op_type == "Gemm":
         factors = {name: attributes[name].f for name in ("alpha", "beta") if name in attributes}
         if any(factor != 1 for factor in factors.values()) or bias.ndim > 1:
             return False
-    axis = channel_axis(node, weight.ndim)
+    axis = channel_axis(node, weight.shape)
     channels = weight.shape[axis]
     change = _channel_change(graph, node, behind, channels, weight.ndim)
     if change is None:
@@ -333,12 +311,21 @@ def _per_channel(value: Array, channels: int, rank: int) -> Array | None:
     return value.astype(np.float64).reshape(channels)
 
 
-def channel_axis(node: onnx.NodeProto, rank: int) -> int:
-    """The axis of the weight along which the output's channels lie."""
+def channel_axis(node: onnx.NodeProto, shape: Sequence[int]) -> int:
+    """The axis of the weight along which the output's channels lie.
+
+    Those of a ConvTranspose in groups lie along two axes: here the one along which its groups do,
+    if that is longer and each group has just one input channel, as where it is depthwise.
+    """
     if node.op_type == "Conv":
         return 0
     if node.op_type == "ConvTranspose":
-        return 1
+        return 0 if groups(node) == shape[0] > shape[1] else 1
     if node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute):
         return 0
-    return rank - 1
+    return len(shape) - 1
+
+
+def groups(node: onnx.NodeProto) -> int:
+    """Into how many parts a convolution divides its channels."""
+    return next((int(a.i) for a in node.attribute if a.name == "group"), 1)

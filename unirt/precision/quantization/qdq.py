@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from unirt.precision.calibration.ranges import Range
-from unirt.precision.quantization.placement import Placement, Weight
-from unirt.precision.quantization.prepare import Graph
+from unirt.precision.quantization.placement import ACTIVATIONS, MOVING, Placement, Weight
+from unirt.precision.quantization.prepare import Graph, groups
 from unirt.precision.quantization.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ _UINT8, _INT8, _INT32, _FP8, _INT4 = 2, 3, 6, 17, 22
 _TINY: Final = 1e-30
 """Weights and values below this are none: their scale would leave float32's normal numbers."""
 _ONE_SCALE_NOISE: Final = 4.0  # times the power of rounding errors: one bit of a weight's eight
+_UNEVEN: Final = 8.0  # channels that share a scale differ by so much: the small ones lose 3 bits
 _BIAS_LIMIT: Final = 2.0**30  # half of what int32 holds, so that a sum still fits
 
 
@@ -104,8 +105,11 @@ class _Writer:
             scale, count = self._channel_scales(weight, array)
         else:
             scale, count = self._block_scales(weight, array)
-        if self._recipe.one_scale and self._takes_one_scale(weight, scale):
+        one = self._recipe.one_scale and self._takes_one_scale(weight, scale)
+        if one or self._must_have_one_scale(weight, array):
             scale = np.asarray(scale.max())
+        elif weight.blocked is None:
+            self._tell_shared(weight, array)
         if count:
             dead.append(f"{count} of {weight.name!r}")
         key = weight.name, weight.axis, weight.blocked, scale.tobytes()
@@ -123,6 +127,39 @@ class _Writer:
             return False
         noise = float(np.mean(scale.astype(np.float64) ** 2))
         return self._weight_kind is FP8 or float(scale.max()) ** 2 <= _ONE_SCALE_NOISE * noise
+
+    def _must_have_one_scale(self, weight: Weight, array: Array) -> bool:
+        """Whether it is a batch of matrices in a product that may be computed with the quantization
+        of its result: ONNX Runtime does so, and then refuses a scale for each column.
+        """
+        if self._activation_kind is None or not _is_batched(weight, array):
+            return False
+        names = list(weight.node.output)
+        for name in names:
+            if name in self._placement.ranges:
+                return True
+            for reader, _ in self._graph.readers.get(name, []):
+                if reader.op_type in MOVING | ACTIVATIONS:
+                    names += [one for one in reader.output if one]
+        return False
+
+    def _tell_shared(self, weight: Weight, array: Array) -> None:
+        """A note if channels of a ConvTranspose share the scale of much larger ones. fp8 keeps its
+        digits whatever the scale.
+        """
+        parts = groups(weight.node)
+        if weight.node.op_type != "ConvTranspose" or parts == 1 or self._weight_kind is FP8:
+            return
+        grouped = np.abs(array).reshape(parts, -1, *array.shape[1:])
+        sizes = grouped.max(axis=(1, *range(3, grouped.ndim)))  # by group and channel inside it
+        sharing = 1 - weight.axis
+        smallest = np.where(sizes < _TINY, np.inf, sizes).min(axis=sharing)
+        factor = float((sizes.max(axis=sharing) / smallest).max())
+        if factor >= _UNEVEN:
+            self.notes.append(
+                f"in {weight.node.name!r} channels of its {parts} groups share scales, and weights "
+                f"of some are {factor:,.0f} times as large as of others, which lose precision"
+            )
 
     def _write_bias(self, node: onnx.NodeProto, scale: Array) -> None:
         """The bias as int32 in multiples of activation scale times weight scale, where it is one
@@ -227,12 +264,12 @@ class _Writer:
         small = self._graph.add_tensor(_tensor(f"{weight.name}__{kind.name}", values, kind.number))
         inputs = [small, self._graph.add(f"{weight.name}__scale", scale)]
         attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
-        if weight.blocked is None:
+        if weight.blocked is not None:
+            attributes["block_size"] = self._block or 1
+        elif not (scale.ndim and _is_batched(weight, array)):
             zeros = np.zeros(scale.shape, np.float32)
             zero = _tensor(f"{weight.name}__zero_point", zeros, kind.number)
             inputs.append(self._graph.add_tensor(zero))
-        else:
-            attributes["block_size"] = self._block or 1
         made = self._graph.names.fresh(f"{weight.name}__dequantized")
         label = self._graph.node_names.fresh(f"{weight.name}__dequantize")
         node = helper.make_node("DequantizeLinear", inputs, [made], label, **attributes)
@@ -304,6 +341,13 @@ class _Writer:
             for name in node.output:
                 nodes += behind.get(name, [])
         self._graph.nodes = nodes
+
+
+def _is_batched(weight: Weight, array: Array) -> bool:
+    """Whether it is a batch of matrices. ONNX Runtime multiplies by one with a scale for each
+    column, but by none with a zero point for each.
+    """
+    return weight.node.op_type == "MatMul" and array.ndim > 2
 
 
 def _pairs(weight: Weight, array: Array) -> Array:

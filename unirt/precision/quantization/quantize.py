@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,18 +10,25 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from unirt.errors import DataError, ModelError, OptionError
 from unirt.model import Model, ModelSource
-from unirt.precision.calibration.ranges import Calibration, Range
+from unirt.precision.calibration.ranges import (
+    Calibration,
+    CalibrationSource,
+    Range,
+    find_calibration,
+)
 from unirt.precision.graph import all_nodes
 from unirt.precision.names import check_nodes, nearest
+from unirt.precision.quantization.opset import raise_opset
 from unirt.precision.quantization.placement import (
     BY_HAND,
+    CONTRACTIONS,
     Choice,
     Placement,
     known_shapes,
     place,
     place_weights,
 )
-from unirt.precision.quantization.prepare import Graph, fold, join_biases, raise_opset
+from unirt.precision.quantization.prepare import Graph, fold, join_biases
 from unirt.precision.quantization.qdq import FP8, INT4, INT8, UINT8, write
 from unirt.precision.quantization.recipes import TENSORRT, Recipe, find_recipe
 from unirt.precision.source import check_size, drop_weight_inputs, find_onnx, read_graph
@@ -61,7 +69,7 @@ class Quantized:
 
 def quantize(
     model: Model | ModelSource,
-    calibration: Calibration | None = None,
+    calibration: CalibrationSource | None = None,
     precision: Precision = "int8",
     recipe: str | Recipe = TENSORRT,
     *,
@@ -72,30 +80,33 @@ def quantize(
     """The model with explicit Q/DQ, held in memory; its weights stored in the low precision.
 
     `int8` and `fp8` (E4M3) quantize weights, by output channel, and activations, by tensor, to the
-    ranges of `calibration`; the `-weights` precisions only weights, by output channel or, where
-    `block` is given (int4: 32 by default), by blocks of so many values that are summed up. `recipe`
-    says where the target wants it (`RECIPES`, `recipe_for`). Nodes named in `keep` stay in float32,
-    and with `only` all others but these. Products in subgraphs and functions stay too. Biases stay
-    float32, or become int32 where the recipe says so. Weights are scaled by their largest value and
-    rounded so that errors cancel out (SQuant, Guo et al. 2022). Inputs, outputs and their types do
-    not change; the opset rises where Q/DQ need it.
+    ranges of `calibration`, itself or the path it was saved to; the `-weights` precisions only
+    weights, by output channel or, where `block` is given (int4: 32 by default), by blocks of so
+    many values that are summed up. `recipe` says where the target wants it (`RECIPES`,
+    `recipe_for`). Nodes named in `keep` stay in float32, and with `only` all others but these.
+    Products in subgraphs and functions stay too. Biases stay float32, or become int32 where the
+    recipe says so. Weights are scaled by their largest value and rounded so that errors cancel out
+    (SQuant, Guo et al. 2022). Inputs, outputs and their types do not change; the opset rises where
+    Q/DQ need it.
 
     Raises OptionError for an unknown precision, recipe or node; DataError without the calibration
-    that is needed; ModelError for one of other tensors, and for a graph that is quantized already,
-    is not float32, holds damaged weights, has nothing to quantize, cannot be raised to the opset
-    needed or exceeds 2 GiB; BackendUnavailable without the onnx package.
+    that is needed, and for a path that cannot be read; ModelError for one of other tensors, and for
+    a graph that is quantized already, is not float32, holds damaged weights, has nothing to
+    quantize, cannot be raised to the opset needed or exceeds 2 GiB; BackendUnavailable without the
+    onnx package.
     """
     recipe = find_recipe(recipe).of(precision)
     block = _checked(precision, recipe, block)
+    found = None if calibration is None else find_calibration(calibration)
     source = Model.open(model)
     file = find_onnx(source, f"quantized to {precision}")
     weights_only = precision.endswith("-weights")
     proto = read_graph(file, "quantized")
     _check_graph(proto, source.name)
     drop_weight_inputs(proto, always=True)
-    ranges, notes = ({}, []) if weights_only else _ranges(calibration, source, precision)
+    ranges, notes = ({}, []) if weights_only else _ranges(found, source, precision)
     needed = max(_OPSETS[precision], _BLOCKED_OPSET if block else 0)
-    proto = raise_opset(proto, needed, source.name)
+    notes += raise_opset(proto, needed, source.name)
     graph = Graph(proto)
     choice = _choice(graph, keep, only)
     notes += fold(graph)
@@ -110,7 +121,7 @@ def quantize(
         if node.name in choice.keep:
             placement.kept.setdefault(node.name, BY_HAND)
     if not placement.nodes:
-        raise _nothing(source.name, precision, placement)
+        raise _nothing(source.name, precision, placement, graph, choice)
     activation = FP8 if precision == "fp8" else UINT8 if recipe.asymmetric else INT8
     weight = {"fp8": FP8, "int4-weights": INT4, "int8": INT8}
     notes += write(
@@ -141,7 +152,7 @@ def _checked(precision: str, recipe: Recipe, block: int | None) -> int | None:
         raise OptionError(
             f"{precision!r} is no precision to quantize to.",
             f"A graph is quantized to {', '.join(PRECISIONS)}; cast goes to fp16 and bf16.",
-            nearest(str(precision), PRECISIONS, "Choose one of them."),
+            nearest(_as_called_here(str(precision)), PRECISIONS, "Choose one of them."),
             precision=precision,
         )
     if precision not in recipe.precisions:
@@ -154,15 +165,23 @@ def _checked(precision: str, recipe: Recipe, block: int | None) -> int | None:
         )
     if block is None:
         return _INT4_BLOCK if precision == "int4-weights" else None
-    if not precision.endswith("-weights") or isinstance(block, bool) or block < 2:
+    whole = isinstance(block, numbers.Integral) and not isinstance(block, bool)
+    if not precision.endswith("-weights") or not whole or block < 2:
         raise OptionError(
             f"block={block!r} cannot be used with {precision}.",
-            "Blocks are at least 2 values of a weight that share a scale, and only the -weights "
-            "precisions have them.",
-            "Leave block out, or quantize weights only.",
+            "Blocks are at least 2 values of a weight that share a scale, a whole number; only the "
+            "-weights precisions have them.",
+            "Leave block out, or quantize weights only, in blocks of for example 32.",
             block=block,
         )
-    return block
+    return int(block)
+
+
+def _as_called_here(precision: str) -> str:
+    """Candidates write int4w, and some write int4, where int4-weights is meant."""
+    weights = f"{precision.removesuffix('w')}-weights"
+    known = precision in PRECISIONS or weights not in PRECISIONS
+    return precision if known else weights
 
 
 def _ranges(
@@ -200,12 +219,24 @@ def _check_graph(proto: onnx.ModelProto, name: str) -> None:
 
 def _choice(graph: Graph, keep: Collection[str], only: Collection[str] | None) -> Choice:
     check_nodes("keep", keep, graph.nodes)
-    check_nodes("only", only or (), graph.nodes)
+    if only is not None:
+        check_nodes("only", only, graph.nodes)
     return Choice(frozenset(keep), None if only is None else frozenset(only))
 
 
-def _nothing(name: str, precision: str, placement: Placement) -> ModelError:
+def _nothing(
+    name: str, precision: str, placement: Placement, graph: Graph, choice: Choice
+) -> ModelError:
     example = next(iter(placement.kept.items()), None)
+    named = [node for node in graph.nodes if choice.only is not None and node.name in choice.only]
+    if named and not any(node.op_type in CONTRACTIONS for node in named):
+        return ModelError(
+            f"{name} has nothing to quantize to {precision} of what `only` names.",
+            f"{named[0].op_type} {named[0].name!r} is never quantized for itself, only beside "
+            f"products, which are {', '.join(CONTRACTIONS)}.",
+            "Name those that shall be quantized.",
+            kept=dict(placement.kept),
+        )
     return ModelError(
         f"{name} has nothing to quantize to {precision}.",
         f"All its products must stay in float32: {example[0]!r}, for one, since {example[1]}."
