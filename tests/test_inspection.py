@@ -391,7 +391,7 @@ def shown(report: EngineReport, width: int = 160) -> str:
 
 def test_the_summary_tells_everything_in_lines() -> None:
     assert REPORT.summary().splitlines() == [
-        "layers: 7 ONNX nodes → 5 layers (engine inspector)",
+        "layers: 7 nodes → 5 layers (engine inspector)",
         "fused: DequantizeLinear + DequantizeLinear + Conv + Relu",
         "reformat: inserted between q and dq: int8 Linear → int8 CHW32",
         "reformat: inserted between relu and half: float32 NHWC → float32 Linear",
@@ -451,7 +451,7 @@ def test_names_cannot_drive_the_terminal_or_break_a_line() -> None:
 
 
 def test_an_empty_report_is_shown_too() -> None:
-    assert "0 ONNX nodes → 0 layers" in shown(EngineReport((), "builder log"))
+    assert "0 nodes → 0 layers" in shown(EngineReport((), "builder log"))
 
 
 def test_a_narrow_terminal_loses_no_layer() -> None:
@@ -478,3 +478,15 @@ def test_signed_weights_and_unsigned_activations_multiply_in_eight_bits() -> Non
 def test_what_engines_call_moving_is_a_reformat(kind: str) -> None:
     one = layer("l", kind=kind, reads=(X,), writes=(Y,))
     assert [found.inserted for found in EngineReport((one,), "runtime model").reformats] == [True]
+
+
+@pytest.mark.parametrize("kind", ["FullyConnected", "FULLY_CONNECTED", "Convolution", "QGemm"])
+def test_a_layer_that_names_no_node_multiplies_by_its_kind(kind: str) -> None:
+    one = layer("l", kind=kind, reads=(tensor("x", "uint8"),), writes=(Y,))
+    assert one.contracts
+    assert EngineReport((one,), "runtime model").precision(one) == "uint8"
+
+
+def test_nodes_are_not_all_onnx() -> None:
+    report = EngineReport((layer("l", "CONV_2D"),), "interpreter", {"CONV_2D": "CONV_2D"})
+    assert report.summary().startswith("layers: 1 node → 1 layer (interpreter)")

@@ -33,7 +33,9 @@ QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 QUANTIZING_KINDS = frozenset({"quantize", "dequantize", "quantizelinear", "dequantizelinear"})
 # What multiplies matrices, and so has a precision of its own.
 CONTRACTIONS = frozenset({"convolution", "deconvolution", "matmul", "attention"})
-CONTRACTING = re.compile(r"conv(?!ert)|gemm|matmul|einsum|attention|correlation", re.IGNORECASE)
+CONTRACTING = re.compile(
+    r"conv(?!ert)|gemm|matmul|fully_?connected|einsum|attention|correlation", re.IGNORECASE
+)
 
 BYTES = frozenset({"int8", "uint8"})
 """They multiply each other: activations are often the one, weights the other."""
@@ -325,7 +327,7 @@ class EngineReport:
     def _findings(self, most: int | None) -> Iterator[tuple[str, str]]:
         yield (
             "layers",
-            f"{_count(self.node_count, 'ONNX node')} → {_count(len(self.layers), 'layer')} "
+            f"{_count(self.node_count, 'node')} → {_count(len(self.layers), 'layer')} "
             f"({self.source})",
         )
         fusions = Counter(self._recipe(layer) for layer in self.fused)

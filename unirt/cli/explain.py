@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from unirt.cli.arguments import (
+    CalibrationFile,
     Debug,
     Json,
     ModelPath,
@@ -57,7 +58,9 @@ def explain(
             "--engine",
             "--candidate",
             "-c",
-            help="The engine to look into, written backend@device:precision.",
+            help="The engine to look into, written backend@device:precision: onnxruntime, openvino "
+            "or tensorrt. With a precision, such as onnxruntime:int8, the float network may be "
+            "given: it is quantized first, as for that engine.",
             autocompletion=complete_candidate,
         ),
     ],
@@ -66,8 +69,8 @@ def explain(
         typer.Option(
             "--against",
             metavar="MODEL|CANDIDATE",
-            help="The float network, as an .onnx file; or another engine for the same graph. "
-            "Default: the graph itself without its Q/DQ nodes.",
+            help="The float network, as an .onnx file; or another engine for MODEL. Default: MODEL "
+            "itself if it is in floats, else without its Q/DQ nodes.",
         ),
     ] = None,
     data: Annotated[
@@ -75,9 +78,11 @@ def explain(
         typer.Option(
             "--data",
             metavar="FILE.NPZ",
-            help="Inputs by name; the first call of them is timed. Default: random inputs.",
+            help="Samples by input name. The first call of them is timed, and where a precision "
+            "needs ranges, all are calibrated on. Default: random inputs, and no ranges.",
         ),
     ] = None,
+    calibration: CalibrationFile = None,
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.01, help="How long to time whole calls of each.")
     ] = SECONDS,
@@ -93,7 +98,8 @@ def explain(
 
     The network with its QuantizeLinear and DequantizeLinear nodes and the same one in floats are
     built, their layers looked at and timed, and what costs more in the first one is listed with the
-    nodes that cause it and the edit of the graph that helps, the most expensive first.
+    nodes that cause it and the edit of the graph that helps, the most expensive first. What costs
+    little, or not in every round, is left out. It takes ONNX graphs, no .tflite.
     """
     with reporting(as_json, debug) as report:
         named = Candidate.parse(engine)
@@ -104,6 +110,7 @@ def explain(
                 named,
                 against,
                 data,
+                calibration=calibration,
                 options=only_for(read_options(option, named.backend), named.backend) or None,
                 profiles=read_profiles(profile),
                 shapes=read_shapes(shape),

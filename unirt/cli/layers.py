@@ -67,7 +67,7 @@ def show_report(console: Console, report: EngineReport) -> None:
 def _show_table(console: Console, report: EngineReport) -> None:
     columns = [
         Column("layer"),
-        Column("ONNX nodes"),
+        Column("nodes"),
         Column("in"),
         Column("out"),
         Column("shape", optional=True),

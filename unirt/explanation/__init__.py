@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,25 +17,38 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from unirt import plugins
 from unirt.backend import Engine, SupportsInspection
+from unirt.candidates import backend_of
 from unirt.data import DataSource, Shapes, samples_for
-from unirt.errors import BackendUnavailable, ModelError
-from unirt.explanation.diagnosis import Diagnosis, Finding, listed
-from unirt.explanation.graph import Q_DQ, Graph
+from unirt.derivation import Ranges, derived
+from unirt.errors import BackendUnavailable, DataError, ModelError
+from unirt.explanation.cures import cures_for, listed
+from unirt.explanation.diagnosis import WORTH, Diagnosis, Finding, worth
+from unirt.explanation.graph import HANDING_ON, Q_DQ, Graph
 from unirt.inspection import EngineReport
-from unirt.loading import OptionValues, build
+from unirt.loading import OptionValues, compiled
 from unirt.measure import measure
 from unirt.model import Model, ModelSource
+from unirt.precision.graph import name_nodes
+from unirt.precision.source import check_size, find_onnx, read_graph
 from unirt.shapes import ShapeProfile
 from unirt.types import Candidate
 
 if TYPE_CHECKING:
     import onnx
 
+    from unirt.precision.calibration.ranges import CalibrationSource
+
 Against: TypeAlias = "ModelSource | Model | Candidate | None"
 Tell: TypeAlias = Callable[[str, float], None]
 
 SECONDS = 1.0
 """How long whole calls of each of the two are timed."""
+
+ROUNDS, LEAST_ROUNDS, ROUND_SECONDS = 5, 2, 10.0
+"""In how many rounds layers are timed, the two networks in turn; fewer where they take long."""
+
+SHOWING = "onnxruntime, openvino or tensorrt"
+"""Engines that run ONNX graphs and show their layers."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ def explain(
     against: Against = None,
     data: DataSource | None = None,
     *,
+    calibration: CalibrationSource | None = None,
     options: OptionValues | None = None,
     profiles: Sequence[ShapeProfile] = (),
     shapes: Shapes | None = None,
@@ -108,48 +124,62 @@ def explain(
 ) -> Explanation:
     """What holds a Q/DQ graph back on one engine, with the edit of the graph that would help.
 
-    `against` is the float network as a model or a path, or a candidate that runs the same graph;
-    by default the graph itself without its Q/DQ nodes (`unirt.precision.dequantize`). Layers are
-    timed on the first call of `data`, or on random inputs; where the engine cannot run here, or
-    times no layers, findings have no times.
+    A candidate with a precision, such as `onnxruntime:int8`, may be given the float network: then
+    the graph is explained that `build` makes of it, from `calibration` or all of `data`.
 
-    Raises ModelError for a graph without Q/DQ nodes, BackendUnavailable for an engine that shows
-    no layers or without the onnx package, and what `unirt.build` raises.
+    `against` is the float network as a model or a path, or a candidate that runs the given one; by
+    default the given network itself if it has no Q/DQ nodes, else the graph without them
+    (`unirt.precision.dequantize`). Layers are timed on the first call of `data`, or on random
+    inputs; where the engine cannot run here, or times no layers, findings have no times.
+
+    Raises ModelError for a graph without Q/DQ nodes, or an `against` that is another network;
+    BackendUnavailable for an engine that shows no layers or without the onnx package; and what
+    `unirt.build` raises.
     """
     tell = progress or (lambda _what, _share: None)
-    quantized = _named(Model.open(model))
+    given, candidate = _named(Model.open(model)), Candidate.parse(candidate)
+    refuse_blind(candidate)
+    samples = samples_for(
+        given.inputs, given.outputs, data, calls=1, seed=seed, batch=None, shapes=shapes
+    )
+    ranges = Ranges(given, calibration, samples if data is not None else ())
+    quantized, notes = _quantized(given, candidate, ranges, data)
+    # What the candidate asks for is in the graph now.
+    plain = replace(candidate, precision=None)
     graph = Graph(_read(quantized))
     if not any(op in Q_DQ for op in graph.ops.values()):
         raise ModelError(
-            f"{quantized.name} has nothing to explain.",
+            f"{given.name} has nothing to explain.",
             "It has no QuantizeLinear and no DequantizeLinear node.",
-            "Give the quantized network; the float one goes behind --against.",
+            "Give the quantized network (the float one goes behind --against), or a precision "
+            f"with the engine: {plain}:int8.",
         )
-    candidate = Candidate.parse(candidate)
-    other, elsewhere, notes = _other(quantized, against, candidate)
-    for named in (candidate, elsewhere):
-        refuse_blind(named)
-    samples = samples_for(
-        quantized.inputs, quantized.outputs, data, calls=1, seed=seed, batch=None, shapes=shapes
-    )
+    other, elsewhere, told = _other(given, quantized, against, plain)
+    notes += told
+    refuse_blind(elsewhere)
     feed = samples.feeds(samples.call_size(None), 1)[0]
     feed = {spec.name: feed[spec.name] for spec in quantized.inputs}
     how: dict[str, Any] = {"options": options, "profiles": profiles, "samples": [feed]}
-    if elsewhere.backend != candidate.backend:
-        how = {**how, "options": None}
+    theirs = how if elsewhere.backend == candidate.backend else {**how, "options": None}
     tell(f"building {quantized.name} for {candidate}", 0.0)
-    with build(quantized, candidate, options=options, profiles=profiles, samples=[feed]) as one:
+    with compiled(quantized, plain, ranges, **how) as one:
         tell(f"building {other.name} for {elsewhere}", 0.25)
-        with build(other, elsewhere, **how) as two:
+        with compiled(other, elsewhere, ranges, **theirs) as two:
             tell("timing", 0.5)
-            (first, untimed), (second, also) = _look(one, feed), _look(two, feed)
-            notes += [*dict.fromkeys(filter(None, (untimed, also)))]
-            # Another program's turn costs one of both networks; hardly the same layer twice.
-            if first.seconds is not None and second.seconds is not None:
-                first = _calmer(first, _look(one, feed)[0])
-                second = _calmer(second, _look(two, feed)[0])
+            rounds, untimed = _look(one, two, feed)
+            notes += untimed
             times = _latencies({"quantized": one, "against": two}, feed, seconds, notes, tell)
-    findings = Diagnosis(graph, first, second, candidate.backend, one.device.kind).findings()
+        cures = cures_for(candidate.backend, graph, one.device.kind, one.facts)
+    first, second = (_middle([pair[place] for pair in rounds]) for place in (0, 1))
+    found = Diagnosis(graph, first, second, cures).findings()
+    each = [Diagnosis(graph, *pair, cures).findings() for pair in rounds]
+    findings = worth(found, each, first.seconds)
+    if len(found) > len(findings):
+        count = len(found) - len(findings)
+        notes.append(
+            f"{count} finding{'s' * (count != 1)} left out that cost{'s' * (count == 1)} less than "
+            f"{WORTH:.0%} of all layers' time, or not in every round"
+        )
     return Explanation(
         Side(quantized.name, str(candidate), first, times.get("quantized")),
         Side(
@@ -160,7 +190,7 @@ def explain(
         ),
         tuple(findings),
         samples.description,
-        tuple(notes),
+        tuple(dict.fromkeys(notes)),
     )
 
 
@@ -178,7 +208,7 @@ def refuse_blind(candidate: Candidate) -> None:
         raise BackendUnavailable(
             f"{candidate} does not show its layers.",
             "This engine has no interface for it.",
-            "Use another candidate, such as onnxruntime, openvino or tensorrt.",
+            f"Use another candidate, such as {SHOWING}.",
             backend=candidate.backend,
         )
 
@@ -189,48 +219,84 @@ def _kinds(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _kinds(below)
 
 
-def _read(model: Model) -> onnx.ModelProto:
-    file = model.file(["onnx"])
-    if file is None:
-        raise ModelError(
-            f"{model.name} cannot be explained.",
-            f"Findings name nodes of an ONNX graph, and it has {', '.join(model.formats)}.",
-            "Give the network as ONNX.",
-        )
+def _read(model: Model, *, weights: bool = True) -> onnx.ModelProto:
     try:
-        import onnx
-    except ModuleNotFoundError as error:
-        if error.name != "onnx":
-            raise
-        raise BackendUnavailable(
-            f"{model.name} cannot be explained here.",
-            "The onnx package is not installed.",
-            "pip install 'unirt[precision]'",
-        ) from error
-    return onnx.load_model_from_string(file.read())
+        file = find_onnx(model, "explained")
+    except ModelError as error:
+        remedy = f"Give the network as ONNX, and an engine that runs it: {SHOWING}."
+        raise ModelError(error.what, error.why, remedy) from error
+    return read_graph(file, "explained", weights=weights)
 
 
-def _named(model: Model) -> Model:
-    """The model with names for its nameless nodes, the same ones that every transform gives."""
-    from unirt.precision.graph import name_nodes
+# --- the two networks ----------------------------------------------------------------------------
 
-    proto = _read(model)
-    file = model.file(["onnx"])
-    if all(node.name for node in proto.graph.node) or file is None or file.external:
+
+def _named(model: Model, like: Model | None = None) -> Model:
+    """The model with names for its nameless nodes: those that another one has for nodes of the same
+    results, else the ones that every transform gives.
+    """
+    if all(node.name for node in _read(model, weights=False).graph.node):
         return model
+    proto = _read(model)
+    known = {} if like is None else _by_result(_read(like, weights=False))
+    taken = {node.name for node in proto.graph.node}
+    for node in proto.graph.node:
+        name, op = known.get(node.output[0] if node.output else "", ("", ""))
+        if not node.name and op == node.op_type and name not in taken:
+            node.name = name
+            taken.add(name)
     name_nodes(proto.graph)
+    check_size(proto, model.name, "the naming of its nodes")
     return Model(proto.SerializeToString(), name=model.name)
 
 
+def _by_result(proto: onnx.ModelProto) -> dict[str, tuple[str, str]]:
+    return {node.output[0]: (node.name, node.op_type) for node in proto.graph.node if node.output}
+
+
+def _quantized(
+    model: Model, candidate: Candidate, ranges: Ranges, data: DataSource | None
+) -> tuple[Model, list[str]]:
+    """The graph that a candidate is given for its precision, and notes on how it was made."""
+    backend = backend_of(candidate.backend)
+    if "onnx" not in backend.formats:
+        raise BackendUnavailable(
+            f"What {candidate} makes of {model.name} cannot be explained.",
+            f"Findings name nodes of an ONNX graph, and it reads {' and '.join(backend.formats)}.",
+            f"Use another candidate, such as {SHOWING}; `unirt inspect` shows its layers.",
+            backend=candidate.backend,
+        )
+    try:
+        made, _ = derived(model, candidate, backend, ranges)
+    except DataError as error:
+        if data is not None or ranges.given is not None:
+            raise
+        raise DataError(
+            error.what,
+            error.why,
+            "Give data (--data FILE.npz), or a calibration, which is what "
+            "unirt.precision.calibrate found or a file that it was saved to (--calibration).",
+            candidate=str(candidate),
+            precision=candidate.precision,
+        ) from error
+    if made is model:
+        return model, []
+    content = made.primary.read()
+    named = Model(content, name=f"{model.name} in {candidate.precision}")
+    return _named(named), list(made.primary.notes)
+
+
 def _other(
-    model: Model, against: Against, candidate: Candidate
+    given: Model, quantized: Model, against: Against, plain: Candidate
 ) -> tuple[Model, Candidate, list[str]]:
     """What the quantized network is held against, on which engine, and notes about it."""
+    if against is None and quantized is not given:
+        return given, plain, []
     if against is None:
         from unirt.precision.quantization.dequantize import dequantize
 
-        done = dequantize(model)
-        plain = Model(done.model.primary.read(), name=f"{model.name} without Q/DQ")
+        done = dequantize(quantized)
+        floats = Model(done.model.primary.read(), name=f"{quantized.name} without Q/DQ")
         notes = []
         if done.kept:
             notes.append(f"{listed(done.kept)} stay in the float network: not a pair")
@@ -239,26 +305,76 @@ def _other(
                 "the float network has an activation where QuantizeLinear cuts off what is "
                 f"negative: {listed(done.restored)}"
             )
-        return plain, candidate, notes
+        return floats, plain, notes
     if isinstance(against, Candidate):
-        return model, against, []
+        return given, against, []
     if isinstance(against, str) and not against.lower().endswith(".onnx"):
         path = Path(against)
         if not path.exists() and os.sep not in against:
-            return model, Candidate.parse(against), []
-    other = _named(Model.open(against))
-    ins, theirs = ({s.name: s for s in one.inputs} for one in (model, other))
-    if ins.keys() != theirs.keys():
+            return given, Candidate.parse(against), []
+    other = _named(Model.open(against), quantized)
+    _check_same(quantized, other)
+    return other, plain, []
+
+
+def _check_same(model: Model, other: Model) -> None:
+    """Raises ModelError where one is no float network of the other."""
+    why = ""
+    for word, mine, theirs in (
+        ("takes", model.inputs, other.inputs),
+        ("gives", model.outputs, other.outputs),
+    ):
+        names = [sorted(spec.name for spec in specs) for specs in (mine, theirs)]
+        if names[0] != names[1]:
+            one, two = (", ".join(found) or "nothing" for found in names)
+            why = why or f"One {word} {one}, the other {two}."
+    if not why:
+        nodes, others = _computing(model), _computing(other)
+        shared = nodes & others
+        if 2 * len(shared) < len(nodes):
+            why = (
+                f"Of {len(nodes)} nodes that compute, it has {len(shared)} of the same name and "
+                "operator."
+            )
+    if why:
         raise ModelError(
             f"{other.name} cannot be held against {model.name}.",
-            f"One takes {', '.join(ins) or 'nothing'}, the other {', '.join(theirs) or 'nothing'}.",
+            why,
             "Give the float network that was quantized, or leave it out.",
         )
-    return other, candidate, []
 
 
-def _look(engine: Engine, feed: Mapping[str, Any]) -> tuple[EngineReport, str]:
-    """The layers, timed where the engine can, and otherwise the reason why not."""
+def _computing(model: Model) -> set[tuple[str, str]]:
+    passive = Q_DQ | HANDING_ON | {"Constant"}
+    nodes = _read(model, weights=False).graph.node
+    return {(node.name, node.op_type) for node in nodes if node.op_type not in passive}
+
+
+# --- how long they take --------------------------------------------------------------------------
+
+
+def _look(
+    one: Engine, two: Engine, feed: Mapping[str, Any]
+) -> tuple[list[tuple[EngineReport, EngineReport]], list[str]]:
+    """The layers of both, in each of several rounds timed where the engines can; else once, and the
+    reasons why not.
+    """
+    started = time.perf_counter()
+    (first, untimed), (second, also) = _layers(one, feed), _layers(two, feed)
+    rounds = [(first, second)]
+    if first.seconds is None or second.seconds is None:
+        return rounds, list(filter(None, (untimed, also)))
+    for count in range(2, ROUNDS + 1):
+        pair = _layers(one, feed)[0], _layers(two, feed)[0]
+        names = [[layer.name for layer in report.layers] for report in (*rounds[0], *pair)]
+        if names[:2] == names[2:]:
+            rounds.append(pair)
+        if count >= LEAST_ROUNDS and time.perf_counter() - started > ROUND_SECONDS:
+            break
+    return rounds, []
+
+
+def _layers(engine: Engine, feed: Mapping[str, Any]) -> tuple[EngineReport, str]:
     if _is_target(engine):
         return engine.inspect(), f"{engine.candidate} cannot run here, so nothing is timed"
     with engine.session() as session:
@@ -268,15 +384,13 @@ def _look(engine: Engine, feed: Mapping[str, Any]) -> tuple[EngineReport, str]:
             return engine.inspect(), f"layers are not timed: {error.why}"
 
 
-def _calmer(first: EngineReport, again: EngineReport) -> EngineReport:
-    """The first report with the smaller one of each layer's two times."""
-    if [layer.name for layer in first.layers] != [layer.name for layer in again.layers]:
-        return first
+def _middle(reports: Sequence[EngineReport]) -> EngineReport:
+    """The report with the median of each layer's times."""
     layers = []
-    for one, other in zip(first.layers, again.layers, strict=True):
-        times = [layer.seconds for layer in (one, other) if layer.seconds is not None]
-        layers.append(replace(one, seconds=min(times, default=None)))
-    return replace(first, layers=tuple(layers))
+    for same in zip(*(report.layers for report in reports), strict=True):
+        times = [layer.seconds for layer in same if layer.seconds is not None]
+        layers.append(replace(same[0], seconds=statistics.median(times) if times else None))
+    return replace(reports[0], layers=tuple(layers))
 
 
 def _is_target(engine: Engine) -> bool:

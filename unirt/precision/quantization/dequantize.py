@@ -102,6 +102,8 @@ class _Stripper:
             value = next((one for one in node.attribute if one.name == "value"), None)
             if node.op_type == "Constant" and value is not None:
                 self.constants[node.output[0]] = value.t
+            elif node.op_type == "Identity" and node.input[0] in self.constants:
+                self.constants[node.output[0]] = self.constants[node.input[0]]
         self.types = types
         self.inputs = {value.name for value in self.graph.input}
         self.outputs = {value.name for value in self.graph.output}
