@@ -565,6 +565,16 @@ def test_a_tflite_is_quantized_as_such(found: precision.Calibration) -> None:
     assert "no fp8, only int8, int8w" in unirt.select(both, "tflite:fp8").excluded["tflite:fp8"]
 
 
+def test_samples_may_be_a_file_or_a_mapping_of_arrays() -> None:
+    arrays = ({"image": TEST["image"]}, TEST["image"])
+    for samples in (DIGITS.with_name("test.npz"), *arrays):
+        with unirt.load(DIGITS, "onnxruntime:int8", samples=samples) as session:
+            assert session.decision.quantization["calibration"]["samples"] == 450
+            assert session.run(TEST["image"][:3])["logits"].shape == (3, 10)
+    with pytest.raises(unirt.DataError, match="picture"):
+        unirt.load(DIGITS, "onnxruntime:int8", samples={"picture": TEST["image"]})
+
+
 def overflowing() -> onnx.ModelProto:
     """The middle of it reaches 465,000 or so, and its answers are small."""
     model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>

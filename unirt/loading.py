@@ -7,10 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from unirt import plugins
 from unirt.arrays import admit
 from unirt.backend import Engine, Progress
 from unirt.candidates import Candidates, backend_of, listed, select
+from unirt.data import DataSource, Samples, load_samples
 from unirt.derivation import Ranges, derived
 from unirt.errors import (
     BackendError,
@@ -44,7 +47,7 @@ def build(
     options: OptionValues | None = None,
     profiles: Sequence[ShapeProfile] = (),
     hot_shapes: Sequence[Mapping[str, Sequence[int]]] = (),
-    samples: Iterable[Any] = (),
+    samples: Iterable[Any] | DataSource = (),
     calibration: CalibrationSource | None = None,
     progress: Progress | None = None,
 ) -> Engine:
@@ -54,7 +57,8 @@ def build(
     `fp8` quantize it, `int8w` and `int4w` its weights alone (`unirt.precision`), all by the recipe
     of the target. `int8` and `fp8` need the ranges of activations: from `calibration`, which is
     what `unirt.precision.calibrate` found or a file that it was saved to, else by calibrating on
-    `samples`, inputs as `run` takes them. `engine.notes` say what was done.
+    `samples`: inputs of calls, as `run` takes them, or a .npz file, mapping of arrays or
+    bare array with a sample for each entry of the first axis. `engine.notes` say what was done.
 
     Shapes matter to engines that compile for them, such as TensorRT: `profiles` are ranges of the
     dynamic inputs; each of `hot_shapes`, a shape by input, gets a profile of its own, which such
@@ -67,17 +71,28 @@ def build(
     BuildError.
     """
     model = Model.open(model)
-    samples = list(samples)
+    data, calls = _calls(model, samples)
     return compiled(
         model,
         Candidate.parse(candidate),
-        Ranges(model, calibration, samples),
+        Ranges(model, calibration, data),
         options=options,
         profiles=profiles,
         hot_shapes=hot_shapes,
-        samples=samples,
+        samples=calls,
         progress=progress,
     )
+
+
+def _calls(
+    model: Model, samples: Iterable[Any] | DataSource
+) -> tuple[Samples | list[Any], list[Any]]:
+    """What to find ranges on, and the inputs of the calls in it."""
+    if isinstance(samples, str | os.PathLike | Mapping | np.ndarray):
+        data = load_samples(model.inputs, samples)
+        return data, [batch.inputs for batch in data.batches(data.call_size(None))]
+    calls = list(samples)
+    return calls, calls
 
 
 def compiled(
@@ -173,7 +188,7 @@ def load(
     options: Mapping[str, object] | Options | None = None,
     profiles: Sequence[ShapeProfile] = (),
     hot_shapes: Sequence[Mapping[str, Sequence[int]]] = (),
-    samples: Iterable[Any] = (),
+    samples: Iterable[Any] | DataSource = (),
     calibration: CalibrationSource | None = None,
     progress: Progress | None = None,
 ) -> Session:
@@ -193,12 +208,12 @@ def load(
     firm = how in ("named", "environment")
     nested = None if how == "named" else _nested_options(options)
     selection = select(model, wanted)
-    samples = list(samples)
-    ranges = Ranges(model, calibration, samples)
+    data, calls = _calls(model, samples)
+    ranges = Ranges(model, calibration, data)
     how_built = {
         "profiles": profiles,
         "hot_shapes": hot_shapes,
-        "samples": samples,
+        "samples": calls,
         "progress": progress,
     }
     order = selection.candidates
