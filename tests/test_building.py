@@ -411,10 +411,11 @@ def test_the_engine_says_what_was_quantized_from_what_and_what_stays_why(plain: 
         assert engine.quantization is not None
         assert engine.quantization["nodes"] is None, "nobody has read the graph"
         engine.file.read()
-        told, stays = engine.notes
+        told, stays, raised = engine.notes
         kept = engine.quantization["kept"]
         assert engine.quantization["nodes"] == 1
     assert told.startswith("quantized to int4w by the recipe cpu")
+    assert "raised from opset 18 to 21" in raised
     assert len(kept) == 5  # type: ignore[arg-type]
     assert set(kept.values()) == {stays.partition("more: ")[2]}  # type: ignore[attr-defined]
 
@@ -437,7 +438,7 @@ def test_what_is_no_calibration_is_refused_before_anything_is_compiled(
     plain: Plain, tmp_path: Path
 ) -> None:
     other: Any = {"image": (0, 1)}
-    with pytest.raises(unirt.OptionError, match="A dict is no calibration"):
+    with pytest.raises(unirt.OptionError, match="of type dict, is no calibration"):
         unirt.build(DIGITS, "plain:int8", calibration=other)
     with pytest.raises(unirt.DataError, match=r"nothing\.json cannot be read"):
         unirt.build(DIGITS, "plain", calibration=tmp_path / "nothing.json")
