@@ -418,7 +418,7 @@ def test_measured_layers_show_time_and_share() -> None:
     (conv,) = [line for line in text.splitlines() if "CaskConvolution" in line]
     assert "7.50 µs" in conv
     assert "75.0 %" in conv
-    assert text.splitlines()[0].split()[:6] == ["layer", "ONNX", "nodes", "time", "share", "in"]
+    assert text.splitlines()[0].split()[:5] == ["layer", "nodes", "time", "share", "in"]
     assert "10.0 µs in all layers" in text
 
 

@@ -828,10 +828,10 @@ def test_ranges_of_another_network_are_refused() -> None:
         ({"data": "nosuch.npz"}, "nosuch.npz"),
         ({"data": {"x": "text"}}, "x"),
         ({"data": object()}, "data is"),
-        ({"ranges": 5}, "int is no calibration"),
-        ({"ranges": {"x": (0, 1)}}, "dict is no calibration"),
+        ({"ranges": 5}, "type int, is no calibration"),
+        ({"ranges": {"x": (0, 1)}}, "type dict, is no calibration"),
         ({"ranges": "nosuch.json"}, "nosuch.json cannot be read"),
-        ({"ranges": b"nosuch.json"}, "bytes is no calibration"),
+        ({"ranges": b"nosuch.json"}, "type bytes, is no calibration"),
     ],
 )
 def test_wrong_types_are_told(options: dict[str, Any], told: str) -> None:
