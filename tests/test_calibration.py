@@ -957,3 +957,11 @@ def test_importing_calibration_costs_no_more_than_unirt() -> None:
     code = "import unirt.precision, sys; print({'onnx', 'onnxruntime'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_labels_beside_the_inputs_of_a_call_are_ignored_as_in_a_file() -> None:
+    feeds = [rows(1, 0, 0, -1)]
+    labelled = [{**feed, "labels": np.array([3])} for feed in feeds]
+    assert calibrate(scaling(), labelled, method="max") == calibrate(scaling(), feeds, method="max")
+    with pytest.raises(InputError, match="label"):
+        calibrate(scaling(), [{**feeds[0], "label": np.array([3])}])

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from unirt.arrays import admit, describe
-from unirt.data import DataSource, Feed, Samples, load_samples
+from unirt.data import LABELS, DataSource, Feed, Samples, load_samples
 from unirt.errors import DataError, InputError, OptionError
 from unirt.model import Model, ModelSource
 from unirt.precision.calibration.histogram import BINS, PERCENTILE, Histogram, Method, check_method
@@ -127,7 +127,7 @@ def observe(
     Only tensors of the main graph that depend on its inputs are watched, or those of them that
     `tensors` names. Their values are counted and dropped: if those of one call would take more than
     `memory` bytes, each call is run several times, for a part of the tensors each. A histogram
-    takes 64 bytes for each of `bins`, a power of two.
+    takes 64 bytes for each of `bins`, a power of two, and up to 16 kB for outliers.
 
     The network runs on `engine`, a candidate without precision, or on the CPU by the first of
     onnxruntime, openvino and reference that is here. A model that has a .tflite and no ONNX graph
@@ -342,6 +342,8 @@ def _calls(specs: tuple[TensorSpec, ...], data: CalibrationData) -> Iterator[tup
 
 def _admitted(specs: tuple[TensorSpec, ...], data: Iterable[Any]) -> Iterator[tuple[Feed, int]]:
     for sample, inputs in enumerate(data):
+        if isinstance(inputs, Mapping) and LABELS not in (spec.name for spec in specs):
+            inputs = {name: value for name, value in inputs.items() if name != LABELS}
         try:
             feed = admit(inputs, specs, "cpu")
         except InputError as error:
