@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Each may import those on its own line and on lines above; nothing below.
 ORDER = [
     {"types", "errors"},
-    {"options", "dlpack"},
+    {"options", "dlpack", "saving"},
     {"arrays", "formats", "shapes", "inspection"},
     {"model", "devices", "pool", "guard"},
     {"session", "data", "accuracy"},

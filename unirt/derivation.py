@@ -199,7 +199,6 @@ class Quantization:
     def make(self) -> tuple[bytes, tuple[str, ...]]:
         """The graph, and sentences on it."""
         from unirt import precision
-        from unirt.precision.casting.plan import SCALES
         from unirt.precision.quantization.recipes import LITERT
 
         wanted: Any = QUANTIZATIONS[self._precision]
@@ -219,9 +218,8 @@ class Quantization:
             if "kept" in error.facts:  # nothing is left to cast
                 return done.model.primary.read(), notes
             cast = precision.cast(done.model, rest)  # the ranges are another network's, as is told
-        wide = {name: why for name, why in cast.kept.items() if why != SCALES}
         told = f"what is not quantized was cast to {rest}"
-        return cast.model.primary.read(), (*notes, told, *cast.notes, *_kept(wide))
+        return cast.model.primary.read(), (*notes, told, *cast.notes, *_kept(cast.wide))
 
     def to_dict(self) -> dict[str, object]:
         """`nodes` are how many compute in the precision, `kept` says of others why not; both None

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from unirt.cli.arguments import Debug, Json
 from unirt.cli.outcome import reporting
-from unirt.cli.saving import Out, check_out, save_whole
+from unirt.cli.saving import Out, check_out, save_model
 from unirt.cli.terminal import plural, print_heading, print_pairs, size_text, stdout, waiting
 from unirt.errors import ModelError
 from unirt.model import Model
@@ -63,7 +63,7 @@ def cast(
         with waiting(f"casting {opened.name}", as_json):
             done = cast_model(opened, precision, keep_io=not io, data=data, keep=keep or ())
             content = done.model.primary.read()
-            save_whole(out, content)
+            save_model(out, content)
         report.document = {
             "model": opened.name,
             "model_hash": opened.hash,

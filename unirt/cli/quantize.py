@@ -27,7 +27,7 @@ from unirt.cli.ranges import (
     TestFile,
     ranges_document,
 )
-from unirt.cli.saving import Out, check_apart, check_out, save_whole
+from unirt.cli.saving import Out, check_apart, check_out, save_model
 from unirt.cli.sensitivity import measured_text, named_precision, print_sensitivity
 from unirt.cli.sparsify import cost_text
 from unirt.cli.target import (
@@ -53,7 +53,6 @@ from unirt.errors import ModelError, OptionError
 from unirt.model import Model
 from unirt.precision.calibration.ranges import Calibration
 from unirt.precision.casting.cast import cast
-from unirt.precision.casting.plan import SCALES
 from unirt.precision.partial.search import Budget, Search, search
 from unirt.precision.partial.trial import Measured, Trial
 from unirt.precision.quantization.litert import quantize_tflite
@@ -190,7 +189,7 @@ def quantize(
             if save_calibration is not None:
                 found.ranges.save(save_calibration)
         met = _met(budget, made)
-        saved = save_whole(out, made.model.primary.read()) if met else None
+        saved = save_model(out, made.model.primary.read()) if met else None
         report.code = OK if met else NOTHING
         report.document = _document(task, made, saved, save_calibration)
         if not as_json:
@@ -388,8 +387,7 @@ def _cast_rest(made: _Made, rest: str, seen: Calibration | None) -> None:
         return
     made.model, made.rest = done.model, rest
     made.notes += done.notes
-    wide = {name: why for name, why in done.kept.items() if why != SCALES}
-    made.notes += [f"{name!r} is not cast to {rest}: {why}" for name, why in wide.items()]
+    made.notes += [f"{name!r} is not cast to {rest}: {why}" for name, why in done.wide.items()]
 
 
 def _met(budget: Budget | None, made: _Made) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from unirt.errors import DataError, OptionError
+from unirt.errors import OptionError
 from unirt.model import Model
+from unirt.saving import save_whole
 
 Out = Annotated[
     Path, typer.Option("--out", "-o", metavar="FILE", help="Where to save the model that is made.")
@@ -53,23 +53,8 @@ def check_apart(paths: Sequence[tuple[str, Path | None]]) -> None:
             )
 
 
-def save_whole(out: Path, data: bytes) -> Path:
+def save_model(out: Path, data: bytes) -> Path:
     """Replaces what is there, whole or not at all. Raises DataError where it cannot be written."""
-    # A symbolic link stays one.
-    target = out.resolve()
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        try:
-            with part.open("xb") as file:
-                file.write(data)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"The model cannot be saved to {out}.",
-            f"{error.strerror or error}.",
-            "Choose a file in a folder that can be written to, on a disk with room for it.",
-            path=out,
-        ) from error
+    remedy = "Choose a file in a folder that can be written to, on a disk with room for it."
+    save_whole(out, data, "The model", remedy)
     return out

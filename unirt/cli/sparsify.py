@@ -12,7 +12,7 @@ from rich.text import Text
 
 from unirt.cli.arguments import Debug, Json, ModelPath
 from unirt.cli.outcome import reporting
-from unirt.cli.saving import check_out, save_whole
+from unirt.cli.saving import check_out, save_model
 from unirt.cli.terminal import (
     Column,
     plural,
@@ -112,7 +112,7 @@ def sparsify(
                         done.model, lambda share: teller("measuring the pruned graph", share)
                     )
                     cost = _Cost(measured, trial.accuracy, trial.engine, trial.samples)
-            save_whole(out, done.model.primary.read())
+            save_model(out, done.model.primary.read())
         report.document = _document(opened, done, out, cost)
         if not as_json:
             _show(stdout(), done, out, cost)

@@ -7,7 +7,6 @@ import logging
 import numbers
 import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from unirt.errors import DataError, ModelError, OptionError, sentence
 from unirt.model import Model, ModelSource
 from unirt.precision.names import check_names
 from unirt.precision.source import graph_names
+from unirt.saving import save_whole
 
 FORMAT: Final = "unirt-calibration"
 VERSION: Final = 1
@@ -195,22 +195,8 @@ class Calibration:
             '  "tensors": [\n' + ",\n".join(names) + "\n  ]",
         ]
         text = "\n".join(["{", *lines, *blocks, "}"]) + "\n"
-        target = path.resolve()  # a symbolic link stays one
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-        try:
-            try:
-                with part.open("x", encoding="utf-8") as file:
-                    file.write(text)
-                part.replace(target)
-            finally:
-                part.unlink(missing_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"The calibration cannot be saved to {path}.",
-                f"{error.strerror or error}.",
-                "Choose a file in a folder that can be written to.",
-                path=path,
-            ) from error
+        remedy = "Choose a file in a folder that can be written to."
+        save_whole(path, text.encode(), "The calibration", remedy)
         return path
 
     @classmethod

@@ -16,7 +16,7 @@ from unirt.precision.calibration.ranges import (
     CalibrationSource,
     find_calibration,
 )
-from unirt.precision.casting.plan import make_plan, means
+from unirt.precision.casting.plan import SCALES, make_plan, means
 from unirt.precision.casting.rewrite import Rewriter
 from unirt.precision.casting.weights import LOWS
 from unirt.precision.graph import main_names, name_nodes
@@ -47,6 +47,11 @@ class Cast:
     precision: str
     kept: Mapping[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def wide(self) -> Mapping[str, str]:
+        """`kept` without Q/DQ nodes, which always stay."""
+        return {name: why for name, why in self.kept.items() if why != SCALES}
 
 
 def cast(
