@@ -729,6 +729,18 @@ def test_engines_that_cannot_be_are_refused(images: Any) -> None:
         calibrate(DIGITS, images, engine="tflite")
 
 
+def test_an_engine_calibrates_on_the_device_that_it_takes_itself(images: Any) -> None:
+    """Not on a CPU that TensorRT, for one, does not have."""
+    plugin = unirt.plugins.plugin("tensorrt")
+    if plugin is None or plugin.backend is None:
+        pytest.skip("TensorRT is not here")
+    if plugin.availability.available:
+        assert observe(DIGITS, images[:4], engine="tensorrt").engine.startswith("tensorrt@cuda")
+    else:
+        with pytest.raises(BackendUnavailable, match="No NVIDIA GPU"):
+            observe(DIGITS, images[:4], engine="tensorrt")
+
+
 @pytest.mark.parametrize("memory", [0, -1, 1.5, None])
 def test_memory_is_a_count_of_bytes(memory: Any) -> None:
     with pytest.raises(OptionError, match="memory"):

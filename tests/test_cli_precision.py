@@ -28,6 +28,7 @@ from unirt.precision import (
     observe,
     quantize,
     recipe_for,
+    second_moments,
     sensitivity,
 )
 
@@ -120,6 +121,24 @@ def test_a_recipe_is_named_or_follows_from_the_engine(out: Path) -> None:
     assert made["auto"] in ("cpu", "cpu-vnni")
     told = document("quantize", MODEL, "--data", TEST, "-o", out, "--for", "tensorrt")
     assert told["recipe"].startswith("tensorrt")  # -rtx where that is what is installed
+
+
+def test_weights_are_rounded_on_samples_where_they_are_given(out: Path) -> None:
+    common = ["quantize", MODEL, "--data", TEST, "-o", out, "--recipe", "cpu"]
+    alone = document(*common)
+    told = document(*common, "--round-on", TEST)
+    assert told["measured"]["snr_db"] > alone["measured"]["snr_db"] + 0.2
+    assert any("errors cancel out on 450 samples" in note for note in told["notes"])
+    own = "the samples that its weights were rounded on"
+    assert any(own in note for note in told["notes"])
+    assert not any(own in note for note in alone["notes"])
+    ranges, moments = calibrate(MODEL, TEST), second_moments(MODEL, TEST)
+    made = quantize(MODEL, ranges, "int8", "cpu", moments=moments)
+    assert out.read_bytes() == made.model.primary.read()
+    found = document(*common, "--round-on", TEST, "--min-snr", "20")
+    assert found["measured"]["snr_db"] == pytest.approx(told["measured"]["snr_db"])
+    table = document("sensitivity", *common[1:4], "--recipe", "cpu", "--round-on", TEST)
+    assert table["whole"]["snr_db"] == pytest.approx(told["measured"]["snr_db"])
 
 
 def test_without_a_name_the_recipe_is_that_of_the_best_engine_here(
@@ -601,6 +620,12 @@ def test_sparsify_prunes_and_measures_or_only_checks(out: Path) -> None:
             "OptionError",
         ),
         (["quantize", MODEL, "--data", TEST, "--keep", "nosuch"], 2, "OptionError"),
+        (["quantize", MODEL, "--data", TEST, "--round-on", "nosuch.npz"], 3, "DataError"),
+        (
+            ["quantize", MODEL, "--data", TEST, "--precision", "fp8", "--round-on", TEST],
+            2,
+            "OptionError",
+        ),
         (["quantize", MODEL, "--data", TEST, "--range", "image"], 2, "OptionError"),
         (["quantize", MODEL, "--data", TEST, "--range", "image=1:2:3"], 2, "OptionError"),
         (["quantize", MODEL, "--data", TEST, "--range", "image=2:1"], 2, "OptionError"),
@@ -690,8 +715,21 @@ def test_two_files_are_not_written_to_one_place(out: Path) -> None:
     assert not out.exists()
 
 
-def test_a_tflite_has_no_budget(tmp_path: Path) -> None:
+def test_a_tflite_has_a_budget_and_no_recipe_to_choose(tmp_path: Path) -> None:
     common = ["quantize", TFLITE, "-o", tmp_path / "made.tflite", "--data", TEST]
-    assert "ONNX graph" in unirt_(*common, "--max-drop", "1%", code=2).stderr
     assert "one recipe" in unirt_(*common, "--recipe", "cpu", code=2).stderr
+    assert "ONNX graph" in unirt_(*common, "--only", "logits", code=2).stderr
+    assert "rounded to nearest" in unirt_(*common, "--round-on", TEST, code=2).stderr
     unirt_(*common, "--for", "tensorrt", code=2)
+    pytest.importorskip("ai_edge_quantizer")
+    table = document("sensitivity", TFLITE, "--data", TEST)
+    budget = table["whole"]["snr_db"] + 2
+    told = document(*common, "--min-snr", budget)
+    assert told["search"]["met"]
+    assert told["search"]["kept"][0] in [row["node"] for row in table["nodes"]]
+    assert told["measured"]["snr_db"] >= budget
+    assert told["kept"][told["search"]["kept"][0]] == "kept for the budget"
+    ranges = tmp_path / "ranges.json"
+    calibrate(MODEL, TEST).save(ranges)  # of the network beside it
+    other = [*common[:4], "--calibration", ranges, "--test", TEST, "--min-snr", "20"]
+    assert document(*other)["search"]["met"]

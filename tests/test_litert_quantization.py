@@ -20,7 +20,16 @@ from unirt.errors import (
     ModelError,
     OptionError,
 )
-from unirt.precision import Calibration, Range, calibrate, observe, quantize_tflite
+from unirt.precision import (
+    Calibration,
+    Range,
+    calibrate,
+    observe,
+    quantize_tflite,
+    search,
+    second_moments,
+    sensitivity,
+)
 from unirt.precision.tflite import read_constant, read_graphs
 from unirt.testing.tflite_networks import Graph, tflite_network
 
@@ -598,3 +607,36 @@ def test_a_damaged_file_gives_an_error_of_unirt_or_a_model_that_runs() -> None:
         except unirt.UnirtError:
             refused += 1
     assert refused > 5
+
+
+def test_the_operators_that_cost_most_are_found_and_left_in_float32(
+    images: Any, labels: Any
+) -> None:
+    data = {"image": images, "labels": labels}
+    ranges = calibrate(DIGITS, {"image": images[:128]})
+    table = sensitivity(DIGITS, ranges, data)
+    whole = quantize_tflite(DIGITS, calibration=ranges)
+    assert table.nodes == whole.nodes
+    assert (table.engine, table.recipe, table.samples) == ("tflite@cpu", "litert", len(images))
+    wanted = decibels(answers(DIGITS, image=images), answers(whole.model, image=images))
+    assert table.whole.snr_db == pytest.approx(wanted, abs=0.5)
+    assert all(table.alone[name].snr_db > table.whole.snr_db for name in table.alone)
+    found = search(DIGITS, ranges, data, min_snr=table.whole.snr_db + 2)
+    assert found.met
+    assert 0 < len(found.kept) < len(table.nodes) / 2
+    assert found.measured.snr_db >= table.whole.snr_db + 2
+    assert set(found.kept).isdisjoint(found.quantized.nodes)
+    made = quantize_tflite(DIGITS, calibration=ranges, keep=found.kept)
+    assert found.quantized.model.hash == made.model.hash
+
+
+def test_a_search_takes_weights_alone_too_but_neither_blocks_nor_moments(images: Any) -> None:
+    data = {"image": images[:64]}
+    found = search(DIGITS, None, data, max_error=1e-9, precision="int8-weights")
+    assert not found.met
+    table = found.table
+    assert table.precision == "int8-weights"
+    with pytest.raises(OptionError, match="neither blocks nor moments"):
+        sensitivity(DIGITS, None, data, precision="int8-weights", block=32)
+    with pytest.raises(OptionError, match="neither blocks nor moments"):
+        search(DIGITS, None, data, min_snr=20, moments=second_moments(ONNX, data))

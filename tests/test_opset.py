@@ -15,7 +15,7 @@ from onnx import defs, helper, numpy_helper, parser
 
 import unirt
 from unirt.precision.graph import all_nodes
-from unirt.precision.quantization.opset import _STEPS, NEWEST, OLDEST, raise_opset
+from unirt.precision.opset import _STEPS, NEWEST, OLDEST, raise_opset
 from unirt.precision.quantization.quantize import _OPSETS
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,15 +16,18 @@ from unirt.cli.arguments import Block, Debug, Json, Keep, ModelPath
 from unirt.cli.outcome import NOTHING, OK, reporting
 from unirt.cli.ranges import (
     IN_SAMPLE,
+    ROUNDED_ON,
     Bins,
     Found,
     MethodName,
     Percentile,
     RangeOptions,
     RangeTexts,
+    RoundingFile,
     SampleFile,
     SavedRanges,
     TestFile,
+    find_moments,
     ranges_document,
 )
 from unirt.cli.saving import Out, check_apart, check_out, save_model
@@ -51,6 +54,7 @@ from unirt.cli.terminal import (
 )
 from unirt.errors import ModelError, OptionError
 from unirt.model import Model
+from unirt.precision.calibration.moments import SecondMoments
 from unirt.precision.calibration.ranges import Calibration
 from unirt.precision.casting.cast import cast
 from unirt.precision.partial.search import Budget, Search, search
@@ -74,6 +78,7 @@ class _Task:
     budget: Budget | None
     measured_on: Path | None
     as_json: bool
+    moments: SecondMoments | None = None
 
 
 @dataclass
@@ -128,6 +133,7 @@ def quantize(
         typer.Option("--save-calibration", metavar="FILE", help="Where to save the ranges."),
     ] = None,
     range_: RangeTexts = None,
+    round_on: RoundingFile = None,
     keep: Keep = None,
     only: Annotated[
         list[str] | None,
@@ -181,9 +187,12 @@ def quantize(
         )  # fmt: skip
         _check_task(task)
         found = asked.find(opened, as_json)
+        task = replace(task, moments=find_moments(opened, round_on, wanted, as_json))
         made = _made(task, found)
         if measured_on is not None and test is None and asked.calibrating:
             made.notes.append(IN_SAMPLE)
+        if round_on is not None and round_on == measured_on:
+            made.notes.append(ROUNDED_ON)
         if found.ranges is not None:
             made.notes += [note for note in found.ranges.notes if note not in made.notes]
             if save_calibration is not None:
@@ -245,11 +254,10 @@ def _check_task(task: _Task) -> None:
             "It names the nodes to quantize, and a budget has them looked for.",
             "Leave one of them out; --keep names nodes that are not to be quantized.",
         )
-    single = task.budget is not None or task.block is not None or task.only is not None
-    if task.model.primary.format == "tflite" and single:
+    if task.model.primary.format == "tflite" and (task.block is not None or task.only is not None):
         raise OptionError(
-            f"{task.model.name} is a .tflite, of which one node cannot be quantized alone.",
-            "Budgets, blocks and --only need an ONNX graph.",
+            f"{task.model.name} is a .tflite, and --block and --only need an ONNX graph.",
+            "ai-edge-quantizer quantizes all but what it is told to leave, by channels.",
             "Leave them out, name nodes with --keep, or give the network as ONNX.",
         )
 
@@ -308,6 +316,7 @@ def _quantized(task: _Task, ranges: Calibration | None) -> _Made:
             keep=task.keep,
             only=task.only,
             block=task.block,
+            moments=task.moments,
         )
     return _Made(done.model, done.precision, done.recipe, done.nodes, done.kept, list(done.notes))
 
@@ -327,6 +336,10 @@ def _with_onnx(model: Model, ranges: Calibration | None) -> Model:
 def _searched(task: _Task, budget: Budget, ranges: Calibration | None) -> _Made:
     assert task.measured_on is not None
     data = task.measured_on
+    if task.model.primary.format == "tflite" and ranges is not None:
+        # Ranges of the ONNX network beside it are carried over once.
+        whole = _with_onnx(task.model, ranges)
+        ranges = quantize_tflite(whole, calibration=ranges, keep=task.keep).calibration
     with telling(task.as_json) as teller:
         found = task.target.measured(
             lambda engine: search(
@@ -340,6 +353,7 @@ def _searched(task: _Task, budget: Budget, ranges: Calibration | None) -> _Made:
                 recipe=task.target.recipe,
                 keep=task.keep,
                 block=task.block,
+                moments=task.moments,
                 engine=engine,
                 progress=teller,
             )

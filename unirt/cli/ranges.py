@@ -14,6 +14,7 @@ from unirt.errors import OptionError
 from unirt.model import Model
 from unirt.precision.calibration.calibrate import observe
 from unirt.precision.calibration.histogram import BINS, PERCENTILE, Method
+from unirt.precision.calibration.moments import SecondMoments, second_moments
 from unirt.precision.calibration.ranges import Calibration, RangeLike
 
 CALIBRATED: Final = ("int8", "fp8")
@@ -22,6 +23,11 @@ CALIBRATED: Final = ("int8", "fp8")
 IN_SAMPLE: Final = (
     "It was measured on the samples that its ranges were found on: other samples, given with "
     "--test, tell more."
+)
+
+ROUNDED_ON: Final = (
+    "It was measured on the samples that its weights were rounded on, where it is better than "
+    "elsewhere: other samples, given with --test, tell more."
 )
 
 SampleFile = Annotated[
@@ -36,6 +42,15 @@ TestFile = Annotated[
         "--test",
         metavar="FILE.NPZ",
         help="Samples to measure the result on; with `labels`, accuracy too. Default: --data.",
+    ),
+]
+RoundingFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--round-on",
+        metavar="FILE.NPZ",
+        help="Samples to round weights on, so that errors cancel out there: closer, and takes "
+        "longer. Default: each channel by itself.",
     ),
 ]
 MethodName = Annotated[
@@ -140,6 +155,25 @@ class RangeOptions:
                 else Calibration.from_ranges(model, by_hand)
             )
         return Found(ranges, seen)
+
+
+def find_moments(
+    model: Model, samples: Path | None, precision: str, as_json: bool
+) -> SecondMoments | None:
+    """By what weights are rounded, where it was asked for. Raises OptionError where they are not,
+    and what `second_moments` raises.
+    """
+    if samples is None:
+        return None
+    if model.primary.format == "tflite" or precision == "fp8":
+        what = "fp8 is" if precision == "fp8" else "a .tflite is, by ai-edge-quantizer,"
+        raise OptionError(
+            "--round-on does not go with this.",
+            f"It is about the whole numbers that weights become, and {what} rounded to nearest.",
+            "Leave it out.",
+        )
+    with waiting(f"looking at what {model.name} sums up", as_json):
+        return second_moments(model, samples)
 
 
 def _first(options: Mapping[str, object]) -> str:

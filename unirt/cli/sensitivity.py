@@ -13,14 +13,17 @@ from unirt.cli.arguments import Block, Debug, Json, Keep, ModelPath
 from unirt.cli.outcome import reporting
 from unirt.cli.ranges import (
     IN_SAMPLE,
+    ROUNDED_ON,
     Bins,
     MethodName,
     Percentile,
     RangeOptions,
     RangeTexts,
+    RoundingFile,
     SampleFile,
     SavedRanges,
     TestFile,
+    find_moments,
     ranges_document,
 )
 from unirt.cli.sparsify import cost_text
@@ -48,7 +51,6 @@ from unirt.precision.calibration.ranges import Calibration
 from unirt.precision.partial.measure import Sensitivity
 from unirt.precision.partial.measure import sensitivity as measure_nodes
 from unirt.precision.quantization.quantize import PRECISIONS, Precision
-from unirt.precision.source import find_onnx
 
 
 def sensitivity(
@@ -59,7 +61,8 @@ def sensitivity(
         str | None,
         typer.Option(
             "--precision",
-            help=f"One of {', '.join(PRECISIONS)}. Default: that of --for, else int8.",
+            help=f"One of {', '.join(PRECISIONS)}; for a .tflite int8, int8-dynamic or "
+            "int8-weights. Default: that of --for, else int8.",
         ),
     ] = None,
     recipe: RecipeName = None,
@@ -69,6 +72,7 @@ def sensitivity(
     bins: Bins = None,
     calibration: SavedRanges = None,
     range_: RangeTexts = None,
+    round_on: RoundingFile = None,
     keep: Keep = None,
     node: Annotated[
         list[str] | None,
@@ -87,7 +91,6 @@ def sensitivity(
     """
     with reporting(as_json, debug) as report:
         opened = Model(model)
-        find_onnx(opened, "measured node by node")
         wanted = wanted_precision(precision, for_)
         asked = RangeOptions(wanted, data, calibration, method, percentile, bins, range_ or ())
         asked.check()
@@ -100,6 +103,7 @@ def sensitivity(
                 "Add --data FILE.npz, or --test.",
             )
         ranges = asked.find(opened, as_json).ranges
+        moments = find_moments(opened, round_on, wanted, as_json)
         with telling(as_json) as teller:
             table = target.measured(
                 lambda on: measure_nodes(
@@ -111,6 +115,7 @@ def sensitivity(
                     keep=keep or (),
                     nodes=node,
                     block=block,
+                    moments=moments,
                     engine=on,
                     progress=teller,
                 )
@@ -118,6 +123,8 @@ def sensitivity(
         notes = [*table.notes, *target.notes]
         if test is None and asked.calibrating:
             notes.append(IN_SAMPLE)
+        if round_on is not None and round_on == measured_on:
+            notes.append(ROUNDED_ON)
         notes += [note for note in (ranges.notes if ranges else ()) if note not in notes]
         report.document = {
             **table.to_dict(),

@@ -1,6 +1,7 @@
 """Precision as model -> model transforms: the result is an ONNX graph that any engine can run."""
 
 from unirt.precision.calibration.calibrate import Observations, calibrate, observe
+from unirt.precision.calibration.moments import SecondMoments, second_moments
 from unirt.precision.calibration.ranges import Calibration, Range
 from unirt.precision.casting.cast import Cast, cast
 from unirt.precision.partial.measure import Sensitivity, sensitivity
@@ -34,6 +35,7 @@ __all__ = [
     "Range",
     "Recipe",
     "Search",
+    "SecondMoments",
     "Sensitivity",
     "Sparsified",
     "SparsityTable",
@@ -47,6 +49,7 @@ __all__ = [
     "quantize_tflite",
     "recipe_for",
     "search",
+    "second_moments",
     "sensitivity",
     "sparsify",
 ]

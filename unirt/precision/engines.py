@@ -11,7 +11,8 @@ from unirt.types import Candidate
 
 
 def named_engine(engine: str, cannot: str, why: str) -> tuple[Backend, str]:
-    """The backend and device that a caller named. `cannot` begins the error's sentence, `why` says
+    """The backend and device that a caller named, the device that it takes itself if there is
+    none. `cannot` begins the error's sentence, `why` says
     what a precision has no place in. Raises CandidateError, OptionError, BackendUnavailable.
     """
     candidate = Candidate.parse(engine)
@@ -32,7 +33,7 @@ def named_engine(engine: str, cannot: str, why: str) -> tuple[Backend, str]:
             "Leave `engine` out, and one that is here is taken.",
             backend=candidate.backend,
         )
-    return plugin.backend, candidate.device or "cpu"
+    return plugin.backend, str(plugin.backend.find_device(candidate.device))
 
 
 def first_engine(names: Iterable[str], what: str, remedy: str) -> tuple[Backend, str]:

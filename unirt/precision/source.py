@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from unirt.errors import BackendUnavailable, ModelError
 from unirt.model import Model, ModelFile
-from unirt.precision.graph import infer_types, main_names
+from unirt.precision.graph import FLOAT, infer_types, main_names
 from unirt.precision.tflite import read_graphs
 
 if TYPE_CHECKING:
@@ -100,3 +100,30 @@ def graph_names(model: Model) -> tuple[str, frozenset[str]]:
         return file.hash, frozenset(tensor.name for tensor in graph.tensors if tensor.name)
     file = find_onnx(model, "calibrated")
     return file.hash, main_names(read_graph(file, "calibrated", weights=False).graph)
+
+
+def known_shapes(model: Any) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of the main graph's tensors as ONNX infers them; sizes that vary are None."""
+    from onnx import ModelProto, shape_inference
+
+    skeleton = ModelProto(ir_version=model.ir_version)
+    skeleton.opset_import.extend(model.opset_import)
+    skeleton.functions.extend(model.functions)
+    graph = skeleton.graph
+    graph.name = model.graph.name
+    for name in ("node", "input", "output", "value_info"):
+        getattr(graph, name).extend(getattr(model.graph, name))
+    for tensor in model.graph.initializer:
+        if tensor.data_type == FLOAT:  # only integers tell shapes
+            graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=FLOAT)
+        else:
+            graph.initializer.append(tensor)
+    inferred = shape_inference.infer_shapes(skeleton).graph
+    found = {}
+    for value in (*inferred.value_info, *inferred.output, *inferred.input):
+        kind = value.type.tensor_type
+        if kind.HasField("shape"):
+            found[value.name] = tuple(
+                dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim
+            )
+    return found

@@ -162,13 +162,13 @@ def observe_with(
             memory=memory,
         )
     empty = Histogram(bins)  # refuses what cannot be, before anything is run
-    calls = _calls(source.inputs, data)
+    calls = read_calls(source.inputs, data)
     watcher = watch(source, tensors, engine, memory)
     with closing(watcher):
         watched = watcher.watched
         histograms = {name: Histogram(empty.bins) for name in (*watched.inputs, *watched.inner)}
         masked: set[str] = set()
-        run = _Run(source.name, watcher, calls)
+        run = Run(source.name, watcher, calls)
         for name, values in run.values():
             if name not in masked and not histograms[name].add(values):
                 run.check(name, values)
@@ -213,12 +213,12 @@ def extremes(source: Model, data: CalibrationData, means: Mapping[str, str]) -> 
 
     Raises what `observe` does, but no ModelError for what a graph computes in.
     """
-    calls = _calls(source.inputs, data)
+    calls = read_calls(source.inputs, data)
     ranges: dict[str, Range] = {}
     sums: dict[str, float] = {}
     sizes: dict[str, int] = {}  # in this call, for what is read comes first
     with closing(Watcher(source, None, None, MEMORY, everything=True)) as watcher:
-        run = _Run(source.name, watcher, calls)
+        run = Run(source.name, watcher, calls)
         for name, values in run.values():
             sizes[name] = values.size
             if not np.isfinite(values).all():
@@ -235,7 +235,7 @@ def extremes(source: Model, data: CalibrationData, means: Mapping[str, str]) -> 
     return Extremes(ranges, sums)
 
 
-class _Run:
+class Run:
     """A network that shows its tensors on all of the data, once."""
 
     def __init__(
@@ -324,7 +324,7 @@ class _Cause:
     node: str = ""
 
 
-def _calls(specs: tuple[TensorSpec, ...], data: CalibrationData) -> Iterator[tuple[Feed, int]]:
+def read_calls(specs: tuple[TensorSpec, ...], data: CalibrationData) -> Iterator[tuple[Feed, int]]:
     """The inputs of each call, checked, and how many samples they are."""
     if isinstance(data, str | os.PathLike | Mapping | np.ndarray):
         data = load_samples(specs, data)

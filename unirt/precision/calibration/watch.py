@@ -27,8 +27,8 @@ from unirt.precision.graph import (
     tensor_names,
 )
 from unirt.precision.names import check_names
-from unirt.precision.quantization.opset import check_opset
-from unirt.precision.quantization.prepare import check_node_names
+from unirt.precision.opset import check_opset
+from unirt.precision.prepare import check_node_names
 from unirt.precision.source import find_onnx, read_graph, tensor_types
 from unirt.session import Session
 

@@ -11,9 +11,15 @@ from typing import Any
 from unirt.errors import ModelError, OptionError
 from unirt.model import Model, ModelSource
 from unirt.precision.calibration.calibrate import CalibrationData
+from unirt.precision.calibration.moments import SecondMoments
 from unirt.precision.calibration.ranges import Calibration
 from unirt.precision.names import check_names
 from unirt.precision.partial.trial import Measured, Progress, Trial
+from unirt.precision.quantization.litert import (
+    QuantizedTFLite,
+    TFLitePrecision,
+    quantize_tflite,
+)
 from unirt.precision.quantization.quantize import Precision, Quantized, quantize
 from unirt.precision.quantization.recipes import TENSORRT, Recipe
 from unirt.precision.source import find_onnx
@@ -137,10 +143,11 @@ def sensitivity(
     calibration: Calibration | None,
     data: CalibrationData,
     *,
-    precision: Precision = "int8",
+    precision: Precision | TFLitePrecision = "int8",
     recipe: str | Recipe = TENSORRT,
     keep: Collection[str] = (),
     block: int | None = None,
+    moments: SecondMoments | None = None,
     nodes: Collection[str] | None = None,
     subsets: Mapping[str, Collection[str]] | None = None,
     without: bool = False,
@@ -155,7 +162,7 @@ def sensitivity(
     section 5). `nodes` are those to measure, by default all that the recipe quantizes; `subsets`
     quantizes sets of nodes together, by a label of the caller's; `without` also measures the
     network with all quantized but each node, which shows what a node costs beside the others.
-    `precision`, `recipe`, `keep` and `block` are those of `quantize`.
+    `precision`, `recipe`, `keep`, `block` and `moments` are those of `quantize`.
 
     `data` is a .npz or .npy file or a mapping as `load_samples` reads it, with `labels` for task
     accuracy, or inputs as `Session.run` takes them, one by one, where `labels` may stand beside the
@@ -172,12 +179,16 @@ def sensitivity(
     A node with which an answer becomes NaN or infinite has an infinite error. The same arguments
     give the same figures. `progress` hears of each graph.
 
+    A model that is a .tflite alone is quantized by `quantize_tflite`: its nodes are operators by
+    their first outputs, precisions those of that function, and `recipe` has no say; it has no
+    `block` and no `moments`.
+
     Raises what `quantize` raises; OptionError for a node that the recipe does not quantize;
     DataError for data that does not fit, cannot be read again, or on which the float32 network
     itself answers NaN; NoBackend, BackendUnavailable, BuildError, BackendError.
     """
     with Workbench(
-        model, calibration, data, precision, recipe, keep, block, engine, options
+        model, calibration, data, precision, recipe, keep, block, moments, engine, options
     ) as bench:
         return bench.sensitivity(nodes, subsets or {}, without, progress)
 
@@ -190,20 +201,31 @@ class Workbench:
         model: Model | ModelSource,
         calibration: Calibration | None,
         data: CalibrationData,
-        precision: Precision,
+        precision: Precision | TFLitePrecision,
         recipe: str | Recipe,
         keep: Collection[str],
         block: int | None,
+        moments: SecondMoments | None,
         engine: str | None,
         options: Mapping[str, object] | None,
     ) -> None:
         """Raises what `quantize` and `Trial` raise."""
         self.source = Model.open(model)
         self._calibration, self._precision = calibration, precision
-        self._recipe, self._block = recipe, block
+        self._recipe, self._block, self._moments = recipe, block, moments
+        self._lite = "onnx" not in self.source.formats
+        if self._lite and (block is not None or moments is not None):
+            raise OptionError(
+                f"{self.source.name} is a .tflite, which has neither blocks nor moments.",
+                "ai-edge-quantizer gives weights a scale for each channel, and rounds to nearest.",
+                "Leave them out, or give the network as ONNX.",
+            )
+        self._all: tuple[str, ...] = ()
         self.whole = self._quantized(keep=keep)
         self._keep = frozenset(keep)
-        if calibration is not None:
+        if isinstance(self.whole, QuantizedTFLite):
+            self._all, self._calibration = self.whole.nodes, self.whole.calibration
+        elif calibration is not None:
             # What differs was said once, in the notes of `whole`; not again for each graph.
             digest = find_onnx(self.source, "quantized").hash
             self._calibration = replace(calibration, model=digest)
@@ -215,11 +237,11 @@ class Workbench:
     def __exit__(self, *_: object) -> None:
         self.trial.close()
 
-    def keeping(self, nodes: Iterable[str]) -> Quantized:
+    def keeping(self, nodes: Iterable[str]) -> Quantized | QuantizedTFLite:
         """The network with all quantized but these, and those that were to be kept anyway."""
         return self._quantized(keep=[*self._keep, *nodes])
 
-    def only(self, nodes: Collection[str]) -> Quantized | None:
+    def only(self, nodes: Collection[str]) -> Quantized | QuantizedTFLite | None:
         """The network with just these quantized; None if nothing comes of that."""
         try:
             made = self._quantized(keep=self._keep, only=nodes)
@@ -231,15 +253,21 @@ class Workbench:
 
     def _quantized(
         self, keep: Collection[str] = (), only: Collection[str] | None = None
-    ) -> Quantized:
+    ) -> Quantized | QuantizedTFLite:
+        precision: Any = self._precision
+        if self._lite:
+            kept = [*keep, *(name for name in self._all if only is not None and name not in only)]
+            ranges = self._calibration
+            return quantize_tflite(self.source, None, ranges, precision=precision, keep=kept)
         return quantize(
             self.source,
             self._calibration,
-            self._precision,
+            precision,
             self._recipe,
             keep=keep,
             only=only,
             block=self._block,
+            moments=self._moments,
         )
 
     def sensitivity(
@@ -254,7 +282,7 @@ class Workbench:
         total = 1 + len(chosen) * (2 if without else 1) + len(wanted)
         done = 0
 
-        def measured(what: str, made: Quantized) -> Measured:
+        def measured(what: str, made: Quantized | QuantizedTFLite) -> Measured:
             nonlocal done
             tell = _part(progress, f"measuring {what}", done, total)
             done += 1
@@ -300,7 +328,7 @@ class Workbench:
             self.whole.notes,
         )
 
-    def _rest(self, name: str) -> Quantized | None:
+    def _rest(self, name: str) -> Quantized | QuantizedTFLite | None:
         try:
             return self.keeping([name])
         except ModelError as error:

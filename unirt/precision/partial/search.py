@@ -12,9 +12,11 @@ from unirt.accuracy import json_number
 from unirt.errors import DataError, ModelError, OptionError
 from unirt.model import Model, ModelSource
 from unirt.precision.calibration.calibrate import CalibrationData
+from unirt.precision.calibration.moments import SecondMoments
 from unirt.precision.calibration.ranges import Calibration
 from unirt.precision.partial.measure import Sensitivity, Workbench
 from unirt.precision.partial.trial import Measured, Progress
+from unirt.precision.quantization.litert import QuantizedTFLite, TFLitePrecision
 from unirt.precision.quantization.quantize import Precision, Quantized
 from unirt.precision.quantization.recipes import TENSORRT, Recipe
 
@@ -104,7 +106,7 @@ class Search:
     graph that was measured after that, in order; the first is the one with all nodes quantized.
     """
 
-    quantized: Quantized
+    quantized: Quantized | QuantizedTFLite
     kept: tuple[str, ...]
     measured: Measured
     met: bool
@@ -138,10 +140,11 @@ def search(
     max_drop: float | None = None,
     max_error: float | None = None,
     min_snr: float | None = None,
-    precision: Precision = "int8",
+    precision: Precision | TFLitePrecision = "int8",
     recipe: str | Recipe = TENSORRT,
     keep: Collection[str] = (),
     block: int | None = None,
+    moments: SecondMoments | None = None,
     engine: str | None = None,
     options: Mapping[str, object] | None = None,
     progress: Progress | None = None,
@@ -166,7 +169,7 @@ def search(
     """
     budget = Budget(max_drop, max_error, min_snr)
     with Workbench(
-        model, calibration, data, precision, recipe, keep, block, engine, options
+        model, calibration, data, precision, recipe, keep, block, moments, engine, options
     ) as bench:
         return _Searcher(bench, budget, progress).run()
 

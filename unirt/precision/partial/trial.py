@@ -23,7 +23,7 @@ from unirt.precision.calibration.calibrate import CalibrationData
 from unirt.precision.engines import first_engine, named_engine
 from unirt.session import Session
 from unirt.shapes import ShapeProfile
-from unirt.types import Array, Candidate, TensorSpec
+from unirt.types import Array, TensorSpec
 
 Progress: TypeAlias = Callable[[str, float], None]
 """Told what is being measured, and the share of all that is done, 0 to 1."""
@@ -345,12 +345,11 @@ class _Target:
 
 def _named(engine: str, options: Mapping[str, object] | None) -> _Target:
     """The engine as everybody gets it who loads a graph on it, or with the options of a caller."""
-    backend, _ = named_engine(
+    backend, device = named_engine(
         engine,
         "Graphs cannot be measured",
         "They are measured as they are, and say themselves what is computed how.",
     )
-    device = str(backend.find_device(Candidate.parse(engine).device))
     told = f"{backend.name}@{device}"
     if options:
         told += f" with {', '.join(f'{name}={value}' for name, value in options.items())}"

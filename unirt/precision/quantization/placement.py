@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from unirt.errors import ModelError
 from unirt.precision.calibration.ranges import Range
 from unirt.precision.graph import FLOAT, captured
-from unirt.precision.quantization.prepare import Graph, channel_axis
+from unirt.precision.prepare import Graph, channel_axis
 from unirt.precision.quantization.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class _Placer:
         return Placement(
             weights,
             self._readers,
-            {name: self._range(name) for name in self._tensors},
+            self._useful({name: self._range(name) for name in self._tensors}),
             sorted(self._computing, key=self._order.__getitem__),
             self._kept,
         )
@@ -404,6 +404,25 @@ class _Placer:
             known = [self._ranges[name]] if name in self._ranges else []
         return Range(min(one.low for one in known), max(one.high for one in known))
 
+    def _useful(self, ranges: dict[str, Range]) -> dict[str, Range]:
+        """The ranges, less what comes to nothing: where a ReLU follows an Add, and what the other
+        branch has at most leaves it below 0. The steps between are smaller for it.
+        """
+        found = dict(ranges)
+        if self._recipe.residual != "both":
+            return found
+        for name, one in ranges.items():
+            add = self._graph.only_reader(name)
+            if add is None or add.op_type != "Add" or len(self._tied.group(name)) > 1:
+                continue
+            behind = self._graph.only_reader(add.output[0])
+            others = [other for other in add.input if other != name and other in ranges]
+            if behind is None or behind.op_type != "Relu" or len(others) != 1:
+                continue
+            least = -max(0.0, ranges[others[0]].high)
+            found[name] = Range(max(one.low, least), max(one.high, least))
+        return found
+
 
 class _Ties:
     """Tensors that must have the same scale."""
@@ -468,30 +487,3 @@ def _weighed(graph: Graph, start: onnx.NodeProto, products: Collection[str]) -> 
 
 def _taking(graph: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     return [reader for name in node.output for reader, _ in graph.readers.get(name, [])]
-
-
-def known_shapes(model: Any) -> dict[str, tuple[int | None, ...]]:
-    """Shapes of the main graph's tensors as ONNX infers them; sizes that vary are None."""
-    from onnx import ModelProto, shape_inference
-
-    skeleton = ModelProto(ir_version=model.ir_version)
-    skeleton.opset_import.extend(model.opset_import)
-    skeleton.functions.extend(model.functions)
-    graph = skeleton.graph
-    graph.name = model.graph.name
-    for name in ("node", "input", "output", "value_info"):
-        getattr(graph, name).extend(getattr(model.graph, name))
-    for tensor in model.graph.initializer:
-        if tensor.data_type == FLOAT:  # only integers tell shapes
-            graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=FLOAT)
-        else:
-            graph.initializer.append(tensor)
-    inferred = shape_inference.infer_shapes(skeleton).graph
-    found = {}
-    for value in (*inferred.value_info, *inferred.output, *inferred.input):
-        kind = value.type.tensor_type
-        if kind.HasField("shape"):
-            found[value.name] = tuple(
-                dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim
-            )
-    return found

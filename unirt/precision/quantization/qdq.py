@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from unirt.precision.calibration.moments import SecondMoments
 from unirt.precision.calibration.ranges import Range
+from unirt.precision.prepare import Graph, groups
 from unirt.precision.quantization.placement import ACTIVATIONS, MOVING, Placement, Weight
-from unirt.precision.quantization.prepare import Graph, groups
 from unirt.precision.quantization.recipes import Recipe
+from unirt.precision.quantization.rounding import balanced, compensated, order_of
 
 if TYPE_CHECKING:
     import onnx
@@ -52,9 +54,10 @@ def write(
     weight_kind: Kind,
     activation_kind: Kind | None,
     block: int | None,
+    moments: SecondMoments | None = None,
 ) -> list[str]:
     """Changes the graph. Returns notes on what could not be quantized as it should."""
-    writer = _Writer(graph, placement, recipe, weight_kind, activation_kind, block)
+    writer = _Writer(graph, placement, recipe, weight_kind, activation_kind, block, moments)
     writer.run()
     return writer.notes
 
@@ -68,6 +71,7 @@ class _Writer:
         weight_kind: Kind,
         activation_kind: Kind | None,
         block: int | None,
+        moments: SecondMoments | None,
     ) -> None:
         self._graph = graph
         self._placement = placement
@@ -75,6 +79,8 @@ class _Writer:
         self._weight_kind = weight_kind
         self._activation_kind = activation_kind
         self._block = block
+        self._moments = moments
+        self._rounded_on_data = 0
         self._parameters: dict[str, tuple[np.float32, int]] = {}
         self._pairs: dict[str, list[onnx.NodeProto]] = {}  # by the tensor they quantize
         self._before: dict[str, list[onnx.NodeProto]] = {}  # by the node that reads them first
@@ -91,6 +97,11 @@ class _Writer:
             shown = ", ".join(dead[:3]) + ("…" if len(dead) > 3 else "")
             self.notes.append(
                 f"output channels whose weights are all 0 got the scale of the others: {shown}"
+            )
+        if self._moments is not None and self._weight_kind is not FP8:
+            self.notes.append(
+                f"{self._rounded_on_data} of {len(self._written)} weights were rounded so that "
+                f"errors cancel out on {self._moments.samples:,} samples"
             )
         for name, readers in self._placement.readers.items():
             self._write_pair(name, readers)
@@ -217,7 +228,8 @@ class _Writer:
         scale = largest / self._weight_kind.limit
         if self._recipe.pair_limit and self._activation_kind is not None:
             # Rounding, the balanced one included, adds less than 1 to each of the two.
-            scale = np.maximum(scale, _pairs(weight, array) / (self._recipe.pair_limit - 2))
+            largest = order_of(weight, array).largest_pair(array)
+            scale = np.maximum(scale, largest / (self._recipe.pair_limit - 2))
         scale = np.maximum(scale, self._bias_floor(weight, scale.size))
         return scale.astype(np.float32), int(dead.sum())
 
@@ -258,9 +270,7 @@ class _Writer:
             spread = np.repeat(scale, self._block or 1, axis)
         elif scale.ndim:
             spread = scale.reshape([-1 if at == axis else 1 for at in range(array.ndim)])
-        values = np.clip(array / spread, -kind.limit, kind.limit)
-        if kind.number != _FP8:
-            values = rounded(values, weight.axis, kind.limit)
+        values = self._rounded(weight, array, scale, spread)
         small = self._graph.add_tensor(_tensor(f"{weight.name}__{kind.name}", values, kind.number))
         inputs = [small, self._graph.add(f"{weight.name}__scale", scale)]
         attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
@@ -275,6 +285,24 @@ class _Writer:
         node = helper.make_node("DequantizeLinear", inputs, [made], label, **attributes)
         self._before.setdefault(weight.node.name, []).append(node)
         return made
+
+    def _rounded(self, weight: Weight, array: Array, scale: Array, spread: Array) -> Array:
+        """The weight in multiples of its scale, which `spread` has for each value, rounded."""
+        kind, moments = self._weight_kind, self._moments
+        near = np.clip(array / spread, -kind.limit, kind.limit)
+        if kind is FP8:
+            return near
+        found = None if moments is None else moments.of(weight.node, array.shape)
+        whole = None
+        if moments is not None and found is not None:
+            pair = self._recipe.pair_limit if self._activation_kind is not None else None
+            key = weight.name, weight.axis, weight.blocked, kind.name, pair, scale.tobytes()
+            if key not in moments.rounded:
+                steps, order = np.broadcast_to(spread, array.shape), order_of(weight, array)
+                moments.rounded[key] = compensated(array, steps, order, found, kind.limit, pair)
+            whole = moments.rounded[key]
+            self._rounded_on_data += whole is not None
+        return balanced(near, weight.axis, kind.limit) if whole is None else whole
 
     # Activations
 
@@ -348,65 +376,6 @@ def _is_batched(weight: Weight, array: Array) -> bool:
     column, but by none with a zero point for each.
     """
     return weight.node.op_type == "MatMul" and array.ndim > 2
-
-
-def _pairs(weight: Weight, array: Array) -> Array:
-    """The largest magnitude, for each channel, of the sum of two weights that a kernel may add.
-
-    Kernels go through a matrix or a convolution's input channels, four at a time, in order, or
-    through the places of its window. Where channels are no multiple of four it may be any two.
-    """
-    rows = np.moveaxis(array, weight.axis, 0).astype(np.float64)
-    rows = rows.reshape(*rows.shape[:2], -1) if rows.ndim > 1 else rows.reshape(-1, 1, 1)
-    if rows.shape[1] % 4 or (weight.node.op_type == "MatMul" and array.ndim != 2):
-        return np.asarray(2 * np.abs(rows).max(axis=(1, 2)))
-    sums = [np.abs(rows[:, 1:] + rows[:, :-1]).max(axis=(1, 2))]
-    flat = rows.reshape(len(rows), -1)
-    sums.append(np.abs(flat[:, 1:] + flat[:, :-1]).max(axis=1))
-    return np.asarray(np.maximum(*sums))
-
-
-def rounded(values: Array, axis: int, limit: float) -> Array:
-    """Whole numbers beside `values`, whose errors cancel out within each channel along `axis`.
-
-    Behind a ReLU all inputs are positive, so that errors of one sign would add up to a shift of
-    the whole channel. First within each kernel of a convolution, then within each channel, as many
-    values as the sum of the errors says are rounded the other way: those nearest to the middle.
-    Published as SQuant (Guo et al., 2022), which needs no data.
-    """
-    wanted = np.moveaxis(values, axis, 0)
-    whole = np.rint(wanted)
-    kernel = int(np.prod(wanted.shape[2:], dtype=np.int64))
-    for width in (kernel, wanted[0].size):
-        if width > 1:
-            rows = wanted.reshape(-1, width)
-            whole = _balanced(rows, whole.reshape(-1, width), limit).reshape(wanted.shape)
-    return np.moveaxis(whole, 0, axis)
-
-
-def _balanced(wanted: Array, whole: Array, limit: float) -> Array:
-    """Moves as many numbers of each row by 1 as its errors add up to, each towards its own value
-    and at most to the other side of it.
-    """
-    error = whole - wanted
-    total = np.rint(error.sum(axis=1, keepdims=True))
-    step = -np.sign(total)
-    # Its new error; what would leave the range, is exact or was moved already stays as it is, so
-    # that zeros of a sparse weight remain.
-    cost = np.abs(error + step)
-    cost[(np.abs(whole + step) > limit) | (cost >= 1)] = np.inf
-    count = np.abs(total).astype(np.int64)
-    most = min(int(count.max(initial=0)), cost.shape[1])
-    moved = np.zeros(cost.shape, bool)
-    if most:
-        # The cheapest of each row in order; to sort whole rows would take several times as long.
-        first = np.argpartition(cost, most - 1, axis=1)[:, :most]
-        near = np.take_along_axis(cost, first, axis=1)
-        order = np.argsort(near, axis=1, kind="stable")
-        first, near = (np.take_along_axis(array, order, axis=1) for array in (first, near))
-        chosen = (np.arange(most) < count) & np.isfinite(near)
-        np.put_along_axis(moved, first, chosen, axis=1)
-    return np.asarray(whole + step * moved)
 
 
 def _tensor(name: str, values: Array, number: int) -> onnx.TensorProto:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from unirt.errors import DataError, ModelError, OptionError
 from unirt.model import Model, ModelSource
+from unirt.precision.calibration.moments import SecondMoments
 from unirt.precision.calibration.ranges import (
     Calibration,
     CalibrationSource,
@@ -18,20 +19,25 @@ from unirt.precision.calibration.ranges import (
 )
 from unirt.precision.graph import all_nodes
 from unirt.precision.names import check_nodes, nearest
-from unirt.precision.quantization.opset import raise_opset
+from unirt.precision.opset import raise_opset
+from unirt.precision.prepare import Graph, fold, join_biases
 from unirt.precision.quantization.placement import (
     BY_HAND,
     CONTRACTIONS,
     Choice,
     Placement,
-    known_shapes,
     place,
     place_weights,
 )
-from unirt.precision.quantization.prepare import Graph, fold, join_biases
 from unirt.precision.quantization.qdq import FP8, INT4, INT8, UINT8, write
 from unirt.precision.quantization.recipes import TENSORRT, Recipe, find_recipe
-from unirt.precision.source import check_size, drop_weight_inputs, find_onnx, read_graph
+from unirt.precision.source import (
+    check_size,
+    drop_weight_inputs,
+    find_onnx,
+    known_shapes,
+    read_graph,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -76,6 +82,7 @@ def quantize(
     keep: Collection[str] = (),
     only: Collection[str] | None = None,
     block: int | None = None,
+    moments: SecondMoments | None = None,
 ) -> Quantized:
     """The model with explicit Q/DQ, held in memory; its weights stored in the low precision.
 
@@ -85,21 +92,29 @@ def quantize(
     many values that are summed up. `recipe` says where the target wants it (`RECIPES`,
     `recipe_for`). Nodes named in `keep` stay in float32, and with `only` all others but these.
     Products in subgraphs and functions stay too. Biases stay float32, or become int32 where the
-    recipe says so. Weights are scaled by their largest value and rounded so that errors cancel out
+    recipe says so. Weights are scaled by their largest value, and rounded so that errors cancel
+    out: on data where its `moments` are given (GPTQ, Frantar et al. 2022), else within each channel
     (SQuant, Guo et al. 2022). Inputs, outputs and their types do not change; the opset rises where
     Q/DQ need it.
 
     Raises OptionError for an unknown precision, recipe or node; DataError without the calibration
-    that is needed, and for a path that cannot be read; ModelError for one of other tensors, and for
-    a graph that is quantized already, is not float32, holds damaged weights, has nothing to
-    quantize, cannot be raised to the opset needed or exceeds 2 GiB; BackendUnavailable without the
-    onnx package.
+    that is needed, and for a path that cannot be read; ModelError for one of other tensors, for
+    moments of another model, and for a graph that is quantized already, is not float32, holds
+    damaged weights, has nothing to quantize, cannot be raised to the opset needed or exceeds 2 GiB;
+    BackendUnavailable without the onnx package.
     """
     recipe = find_recipe(recipe).of(precision)
     block = _checked(precision, recipe, block)
     found = None if calibration is None else find_calibration(calibration)
     source = Model.open(model)
     file = find_onnx(source, f"quantized to {precision}")
+    if moments is not None and moments.model != file.hash:
+        raise ModelError(
+            f"These second moments are not those of {source.name}.",
+            "They were found on another file, and say nothing of how the inputs of this one go "
+            "together.",
+            "Find them anew, by second_moments(model, data), or leave moments out.",
+        )
     weights_only = precision.endswith("-weights")
     proto = read_graph(file, "quantized")
     _check_graph(proto, source.name)
@@ -131,6 +146,7 @@ def quantize(
         weight.get(precision, INT8),
         None if weights_only else activation,
         block,
+        moments,
     )
     graph.finish()
     _tell(proto, precision, recipe)

@@ -16,8 +16,8 @@ class Recipe:
     """What a target computes fast and right: `why` says so in a sentence.
 
     `precisions` are those it has. `asymmetric` quantizes int8 activations to uint8 with a true zero
-    point, else to int8 around 0. `pair_limit`: how much two neighbouring int8 weights may add up
-    to, where the target adds their products in 16 bits.
+    point, else to int8 around 0. `pair_limit`: how much two int8 weights may add up to whose
+    products the target adds in 16 bits.
     `operators` compute in the low precision where their second input is a constant.
 
     `residual` says which inputs of an Add behind a convolution are quantized: the "skip" branch,

@@ -13,8 +13,7 @@ import numpy as np
 
 from unirt.errors import ModelError
 from unirt.precision.graph import FLOAT, Names, all_nodes, name_nodes, subgraphs, tensor_names
-from unirt.precision.quantization.placement import known_shapes
-from unirt.precision.source import tensor_types
+from unirt.precision.source import known_shapes, tensor_types
 
 if TYPE_CHECKING:
     import onnx
