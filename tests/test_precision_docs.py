@@ -115,6 +115,30 @@ def test_a_network_trained_for_int8_has_its_accuracy_on_every_engine() -> None:
     assert f"that it has everywhere, {share:.2%}".replace("%", " %") in text
 
 
+def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for name, told in (
+        ("epyc-2core", "{:.1f} dB in {:.2f} (ONNX Runtime {}) and {:.2f} (OpenVINO {})"),
+        ("xeon-amx", "{:.1f} dB in {:.2f} and {:.2f}"),
+    ):
+        results = json.loads((ROOT / f"benchmarks/results/precision-{name}.json").read_text())
+        first, second = (
+            next(
+                cell
+                for cell in results["cells"]
+                if (cell["network"], cell["precision"], cell["method"])
+                == ("resnet50", "int8", "mse")
+                and cell["engine"] == engine
+            )
+            for engine in ("onnxruntime", "openvino")
+        )
+        figures = [first["snr_db"], first["latency_ratio"], second["latency_ratio"]]
+        if name == "epyc-2core":
+            figures.insert(2, results["versions"]["onnxruntime"])
+            figures.append(results["versions"]["openvino"])
+        assert told.format(*figures) in text
+
+
 def test_the_speed_of_calibration_is_that_of_the_results() -> None:
     path = ROOT / "benchmarks" / "results" / "calibration-epyc-2core.json"
     ratios = {name: one["ratio"] for name, one in json.loads(path.read_text())["networks"].items()}
