@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -1128,3 +1131,28 @@ def test_each_backend_and_cpu_has_its_recipe() -> None:
     assert recipe_for("onnxruntime", ("avx512f", "amx_int8")).name == "cpu-vnni"
     assert recipe_for("onnxruntime", ("neon", "dotprod")).name == "cpu-vnni"
     assert recipe_for("some-plugin").name == "cpu", "what is not known to be exact may saturate"
+
+
+def test_every_process_makes_the_same_file(tmp_path: Path) -> None:
+    """Whatever the order of sets of strings, which differs from one process to the next."""
+    resnet_, ranges = tmp_path / "net.onnx", tmp_path / "ranges.json"
+    onnx.save(resnet(), resnet_)
+    calibrate(resnet_, [pictures(2, 0)]).save(ranges)
+    code = """
+import sys
+from unirt.precision import RECIPES, cast, quantize
+net, ranges = sys.argv[1:]
+made = [quantize(net, ranges, "int8", recipe).model for recipe in RECIPES]
+print(*(model.hash for model in [*made, cast(net, "fp16").model, cast(made[0], "bf16").model]))
+"""
+    told = set()
+    for seed in ("1", "2", "3"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(resnet_), str(ranges)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        assert done.returncode == 0, done.stderr
+        told.add(done.stdout)
+    assert len(told) == 1

@@ -224,14 +224,14 @@ class _Placer:
             self._place_skips()
         if self._recipe.outputs:
             self._spread()
-            for name in self._tensors:
+            for name in sorted(self._tensors):
                 # What computes on integers gives nothing else, so all read what was quantized.
                 self._readers[name] = list(self._graph.readers.get(name, []))
         weights = [_weight(self._graph, n) for n in chosen if self._graph.is_constant(n.input[1])]
         return Placement(
             weights,
             self._readers,
-            self._useful({name: self._range(name) for name in self._tensors}),
+            self._useful({name: self._range(name) for name in sorted(self._tensors)}),
             sorted(self._computing, key=self._order.__getitem__),
             self._kept,
         )

@@ -15,6 +15,7 @@ from unirt.precision.quantization.placement import Weight
 Array = np.ndarray[Any, Any]
 
 _DAMPING: Final = 0.01  # of the mean square of an input, as GPTQ's authors have it
+_CHANNELS: Final = 4096  # that are rounded at a time, so that memory is bounded
 _COLUMNS: Final = 32  # that are rounded before what is right of them all hears of it
 
 
@@ -137,24 +138,38 @@ def compensated(
     factor = _factor(moments)
     if factor is None:
         return None
-    parts = len(factor)
+    weights, step = (
+        rows.reshape(len(factor), -1, rows.shape[1])
+        for rows in (order.rows(array), order.rows(steps))
+    )
+    whole = np.empty(weights.shape, np.float32)
+    joined = order.joined if pair is not None else np.zeros(weights.shape[2], bool)
+    for begin in range(0, weights.shape[1], _CHANNELS):  # each stands alone
+        some = slice(begin, begin + _CHANNELS)
+        whole[:, some] = _one_by_one(
+            weights[:, some], step[:, some], factor, joined, limit, pair or math.inf
+        )
+    return order.array(whole.reshape(-1, whole.shape[2]))
 
-    def columns(values: Array) -> Array:
-        """[groups, what is summed up, output channels]"""
-        rows = order.rows(values).astype(np.float64)
-        return np.ascontiguousarray(rows.reshape(parts, -1, rows.shape[1]).transpose(0, 2, 1))
 
-    weights, step = columns(array), columns(steps)
-    count = weights.shape[1]
-    joined = order.joined if pair is not None else np.zeros(count, bool)
+def _one_by_one(
+    weights: Array, step: Array, factor: Array, joined: Array, limit: float, pair: float
+) -> Array:
+    """Rounds [groups, output channels, what is summed up]. Works in columns: what is summed up
+    comes before the channels, so that each step goes through memory in order.
+    """
+    weights, step = (
+        np.ascontiguousarray(one.transpose(0, 2, 1), np.float64) for one in (weights, step)
+    )
+    parts, count, channels = weights.shape
     zeros = weights == 0
     whole = np.zeros_like(weights)
     for begin in range(0, count, _COLUMNS):
         end = min(begin + _COLUMNS, count)
-        lost = np.empty((parts, end - begin, weights.shape[2]))
+        lost = np.empty((parts, end - begin, channels))
         for at in range(begin, end):
             low, high = np.asarray(-limit), np.asarray(limit)
-            if pair is not None and joined[at]:
+            if joined[at]:
                 low = np.maximum(low, -pair - whole[:, at - 1])
                 high = np.minimum(high, pair - whole[:, at - 1])
             found = np.clip(np.rint(weights[:, at] / step[:, at]), low, high)
@@ -163,7 +178,7 @@ def compensated(
             weights[:, at:end] -= factor[:, at, at:end, None] * error[:, None]
             lost[:, at - begin] = error
         weights[:, end:] -= factor[:, begin:end, end:].transpose(0, 2, 1) @ lost
-    return order.array(whole.transpose(0, 2, 1).reshape(-1, count))
+    return whole.transpose(0, 2, 1)
 
 
 def _factor(moments: Moments) -> Array | None:
