@@ -734,3 +734,6 @@ def test_a_tflite_has_a_budget_and_no_recipe_to_choose(tmp_path: Path) -> None:
     calibrate(MODEL, TEST).save(ranges)  # of the network beside it
     other = [*common[:4], "--calibration", ranges, "--test", TEST, "--min-snr", "20"]
     assert document(*other)["search"]["met"]
+    same = document("sensitivity", TFLITE, "--calibration", ranges, "--test", TEST)
+    assert [row["node"] for row in same["nodes"]]
+    assert same["whole"]["snr_db"] == pytest.approx(table["whole"]["snr_db"], abs=1)

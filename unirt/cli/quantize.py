@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +15,6 @@ from rich.text import Text
 from unirt.cli.arguments import Block, Debug, Json, Keep, ModelPath
 from unirt.cli.outcome import NOTHING, OK, reporting
 from unirt.cli.ranges import (
-    IN_SAMPLE,
-    ROUNDED_ON,
     Bins,
     Found,
     MethodName,
@@ -27,14 +25,15 @@ from unirt.cli.ranges import (
     SampleFile,
     SavedRanges,
     TestFile,
-    find_moments,
     ranges_document,
+    with_onnx,
 )
 from unirt.cli.saving import Out, check_apart, check_out, save_model
-from unirt.cli.sensitivity import measured_text, named_precision, print_sensitivity
+from unirt.cli.sensitivity import how_text, measured_text, named_precision, print_sensitivity
 from unirt.cli.sparsify import cost_text
 from unirt.cli.target import (
     MeasuringEngine,
+    PrecisionName,
     RecipeName,
     Target,
     TargetEngine,
@@ -54,13 +53,11 @@ from unirt.cli.terminal import (
 )
 from unirt.errors import ModelError, OptionError
 from unirt.model import Model
-from unirt.precision.calibration.moments import SecondMoments
 from unirt.precision.calibration.ranges import Calibration
 from unirt.precision.casting.cast import cast
 from unirt.precision.partial.search import Budget, Search, search
 from unirt.precision.partial.trial import Measured, Trial
 from unirt.precision.quantization.litert import quantize_tflite
-from unirt.precision.quantization.quantize import PRECISIONS
 from unirt.precision.quantization.quantize import quantize as quantize_model
 
 
@@ -78,7 +75,6 @@ class _Task:
     budget: Budget | None
     measured_on: Path | None
     as_json: bool
-    moments: SecondMoments | None = None
 
 
 @dataclass
@@ -106,14 +102,7 @@ def quantize(
     out: Out,
     data: SampleFile = None,
     test: TestFile = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            "--precision",
-            help=f"One of {', '.join(PRECISIONS)}; for a .tflite int8, int8-dynamic or "
-            "int8-weights. Default: that of --for, else int8.",
-        ),
-    ] = None,
+    precision: PrecisionName = None,
     recipe: RecipeName = None,
     for_: TargetEngine = None,
     rest: Annotated[
@@ -175,8 +164,10 @@ def quantize(
         budget = Budget(*limits) if any(one is not None for one in limits) else None
         check_out(out, opened, f".{opened.primary.format}")
         wanted = wanted_precision(precision, for_)
-        asked = RangeOptions(wanted, data, calibration, method, percentile, bins, range_ or ())
-        asked.check(save_calibration)
+        asked = RangeOptions(
+            wanted, data, calibration, method, percentile, bins, range_ or (), round_on
+        )
+        asked.check(opened, save_calibration)
         _check_files(opened, out, save_calibration, calibration, data)
         target = find_target(opened, wanted, recipe, for_, engine)
         wanted_rest = _rest(opened, rest, target if for_ is not None else None)
@@ -187,12 +178,8 @@ def quantize(
         )  # fmt: skip
         _check_task(task)
         found = asked.find(opened, as_json)
-        task = replace(task, moments=find_moments(opened, round_on, wanted, as_json))
         made = _made(task, found)
-        if measured_on is not None and test is None and asked.calibrating:
-            made.notes.append(IN_SAMPLE)
-        if round_on is not None and round_on == measured_on:
-            made.notes.append(ROUNDED_ON)
+        made.notes += asked.own(test)
         if found.ranges is not None:
             made.notes += [note for note in found.ranges.notes if note not in made.notes]
             if save_calibration is not None:
@@ -283,10 +270,10 @@ def _rest(model: Model, rest: str | None, target: Target | None) -> str:
 def _made(task: _Task, found: Found) -> _Made:
     """The quantized model, the rest of it cast, and measured where there is data."""
     if task.budget is not None:
-        made = _searched(task, task.budget, found.ranges)
+        made = _searched(task, task.budget, found)
     else:
         with waiting(f"quantizing {task.model.name}", task.as_json):
-            made = _quantized(task, found.ranges)
+            made = _quantized(task, found)
     made.calibration = found.ranges
     if task.rest != "fp32":
         with waiting(f"casting the rest to {task.rest}", task.as_json):
@@ -298,53 +285,37 @@ def _made(task: _Task, found: Found) -> _Made:
     return made
 
 
-def _quantized(task: _Task, ranges: Calibration | None) -> _Made:
+def _quantized(task: _Task, found: Found) -> _Made:
     done: Any
     if task.model.primary.format == "tflite":
         done = quantize_tflite(
-            _with_onnx(task.model, ranges),
-            calibration=ranges,
+            with_onnx(task.model, found.ranges),
+            calibration=found.ranges,
             precision=task.precision,  # type: ignore[arg-type]  # it refuses what is none
             keep=task.keep,
         )
     else:
         done = quantize_model(
             task.model,
-            ranges,
+            found.ranges,
             named_precision(task.precision),
             task.target.recipe,
             keep=task.keep,
             only=task.only,
             block=task.block,
-            moments=task.moments,
+            moments=found.moments,
         )
     return _Made(done.model, done.precision, done.recipe, done.nodes, done.kept, list(done.notes))
 
 
-def _with_onnx(model: Model, ranges: Calibration | None) -> Model:
-    """The .tflite with the ONNX file beside it where the ranges are that one's."""
-    if ranges is None or ranges.model == model.hash or model.path is None:
-        return model
-    try:
-        both = Model(model.path, beside=True)
-    except ModelError:
-        return model
-    onnx = both.formats.get("onnx")
-    return both if onnx is not None and onnx.hash == ranges.model else model
-
-
-def _searched(task: _Task, budget: Budget, ranges: Calibration | None) -> _Made:
+def _searched(task: _Task, budget: Budget, asked: Found) -> _Made:
     assert task.measured_on is not None
     data = task.measured_on
-    if task.model.primary.format == "tflite" and ranges is not None:
-        # Ranges of the ONNX network beside it are carried over once.
-        whole = _with_onnx(task.model, ranges)
-        ranges = quantize_tflite(whole, calibration=ranges, keep=task.keep).calibration
     with telling(task.as_json) as teller:
         found = task.target.measured(
             lambda engine: search(
-                task.model,
-                ranges,
+                with_onnx(task.model, asked.ranges),
+                asked.ranges,
                 data,
                 max_drop=budget.max_drop,
                 max_error=budget.max_error,
@@ -353,7 +324,7 @@ def _searched(task: _Task, budget: Budget, ranges: Calibration | None) -> _Made:
                 recipe=task.target.recipe,
                 keep=task.keep,
                 block=task.block,
-                moments=task.moments,
+                moments=asked.moments,
                 engine=engine,
                 progress=teller,
             )
@@ -449,13 +420,9 @@ def _document(
 def _show(
     console: Console, task: _Task, made: _Made, saved: Path | None, save_calibration: Path | None
 ) -> None:
-    model, ranges = task.model, made.calibration
-    pairs = [("model", f"{model.name} ({model.primary.format}), {size_text(model.size)}")]
     rest = f", all else {made.rest}" if made.rest != "fp32" else ""
-    pairs.append(("recipe", f"{made.recipe}, {task.target.why}"))
-    pairs.append(("precision", f"{made.precision}{rest}"))
-    if ranges is not None:
-        pairs.append(("ranges", f"{ranges.method}, {plural(ranges.samples, 'sample')}"))
+    recipe, precision = f"{made.recipe}, {task.target.why}", f"{made.precision}{rest}"
+    pairs = how_text(task.model, recipe, precision, made.calibration)
     if made.samples:
         pairs.append(("measured", measured_text(made.samples, made.engine)))
     if made.search is not None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from unirt.cli.terminal import waiting
-from unirt.errors import OptionError
+from unirt.errors import ModelError, OptionError
 from unirt.model import Model
 from unirt.precision.calibration.calibrate import observe
 from unirt.precision.calibration.histogram import BINS, PERCENTILE, Method
@@ -86,15 +86,18 @@ RangeTexts = Annotated[
 
 @dataclass(frozen=True)
 class Found:
-    """The ranges to quantize by, and those of all values seen; both None where none were asked."""
+    """The ranges to quantize by, those of all values seen, and what weights are rounded by; each
+    None where it was not asked for.
+    """
 
     ranges: Calibration | None
     seen: Calibration | None
+    moments: SecondMoments | None
 
 
 @dataclass(frozen=True)
 class RangeOptions:
-    """How the ranges of a command are to be found."""
+    """How the ranges of a command are to be found, and on what weights are rounded."""
 
     precision: str
     data: Path | None = None
@@ -103,13 +106,14 @@ class RangeOptions:
     percentile: float | None = None
     bins: int | None = None
     by_hand: Sequence[str] = ()
+    round_on: Path | None = None
 
     @property
     def calibrating(self) -> bool:
         """Whether ranges are to be found on data."""
         return self.data is not None and self.calibration is None and self.precision in CALIBRATED
 
-    def check(self, save: Path | None = None) -> None:
+    def check(self, model: Model, save: Path | None = None) -> None:
         """Raises OptionError for options that would change nothing."""
         finding = {"--method": self.method, "--percentile": self.percentile, "--bins": self.bins}
         given = {
@@ -134,9 +138,29 @@ class RangeOptions:
                 "It comes of --data or --range, and neither is given.",
                 "Add --data FILE.npz, or leave --save-calibration out.",
             )
+        if self.round_on is not None and (
+            model.primary.format == "tflite" or self.precision == "fp8"
+        ):
+            fp8 = self.precision == "fp8"
+            what = "fp8 is" if fp8 else "a .tflite is, by ai-edge-quantizer,"
+            raise OptionError(
+                "--round-on does not go with this.",
+                f"It is about the whole numbers that weights become, and {what} rounded to "
+                "nearest.",
+                "Leave it out.",
+            )
+
+    def own(self, test: Path | None) -> list[str]:
+        """What to tell where the samples that measure are those that the options found it on."""
+        notes = [IN_SAMPLE] if test is None and self.calibrating else []
+        if self.round_on is not None and self.round_on == (test or self.data):
+            notes.append(ROUNDED_ON)
+        return notes
 
     def find(self, model: Model, as_json: bool) -> Found:
-        """What the options say of this model. Raises what `observe` and `Calibration` raise."""
+        """What the options say of this model. Raises what `observe`, `second_moments` and
+        `Calibration` raise.
+        """
         by_hand = read_ranges(self.by_hand)
         ranges = seen = None
         if self.calibration is not None:
@@ -154,26 +178,11 @@ class RangeOptions:
                 if ranges is not None
                 else Calibration.from_ranges(model, by_hand)
             )
-        return Found(ranges, seen)
-
-
-def find_moments(
-    model: Model, samples: Path | None, precision: str, as_json: bool
-) -> SecondMoments | None:
-    """By what weights are rounded, where it was asked for. Raises OptionError where they are not,
-    and what `second_moments` raises.
-    """
-    if samples is None:
-        return None
-    if model.primary.format == "tflite" or precision == "fp8":
-        what = "fp8 is" if precision == "fp8" else "a .tflite is, by ai-edge-quantizer,"
-        raise OptionError(
-            "--round-on does not go with this.",
-            f"It is about the whole numbers that weights become, and {what} rounded to nearest.",
-            "Leave it out.",
-        )
-    with waiting(f"looking at what {model.name} sums up", as_json):
-        return second_moments(model, samples)
+        moments = None
+        if self.round_on is not None:
+            with waiting(f"looking at what {model.name} sums up", as_json):
+                moments = second_moments(model, self.round_on)
+        return Found(ranges, seen, moments)
 
 
 def _first(options: Mapping[str, object]) -> str:
@@ -207,6 +216,20 @@ def read_ranges(texts: Sequence[str]) -> dict[str, RangeLike]:
             )
         found[name] = (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
     return found
+
+
+def with_onnx(model: Model, ranges: Calibration | None) -> Model:
+    """A .tflite with the ONNX file beside it where the ranges are that one's; else the model."""
+    if model.primary.format != "tflite" or ranges is None or ranges.model == model.hash:
+        return model
+    if model.path is None:
+        return model
+    try:
+        both = Model(model.path, beside=True)
+    except ModelError:
+        return model
+    onnx = both.formats.get("onnx")
+    return both if onnx is not None and onnx.hash == ranges.model else model
 
 
 def ranges_document(ranges: Calibration | None, saved: Path | None = None) -> dict[str, Any] | None:

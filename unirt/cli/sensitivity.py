@@ -12,8 +12,6 @@ from rich.text import Text
 from unirt.cli.arguments import Block, Debug, Json, Keep, ModelPath
 from unirt.cli.outcome import reporting
 from unirt.cli.ranges import (
-    IN_SAMPLE,
-    ROUNDED_ON,
     Bins,
     MethodName,
     Percentile,
@@ -23,12 +21,13 @@ from unirt.cli.ranges import (
     SampleFile,
     SavedRanges,
     TestFile,
-    find_moments,
     ranges_document,
+    with_onnx,
 )
 from unirt.cli.sparsify import cost_text
 from unirt.cli.target import (
     MeasuringEngine,
+    PrecisionName,
     RecipeName,
     Target,
     TargetEngine,
@@ -50,21 +49,14 @@ from unirt.model import Model
 from unirt.precision.calibration.ranges import Calibration
 from unirt.precision.partial.measure import Sensitivity
 from unirt.precision.partial.measure import sensitivity as measure_nodes
-from unirt.precision.quantization.quantize import PRECISIONS, Precision
+from unirt.precision.quantization.quantize import Precision
 
 
 def sensitivity(
     model: ModelPath,
     data: SampleFile = None,
     test: TestFile = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            "--precision",
-            help=f"One of {', '.join(PRECISIONS)}; for a .tflite int8, int8-dynamic or "
-            "int8-weights. Default: that of --for, else int8.",
-        ),
-    ] = None,
+    precision: PrecisionName = None,
     recipe: RecipeName = None,
     for_: TargetEngine = None,
     method: MethodName = None,
@@ -92,8 +84,10 @@ def sensitivity(
     with reporting(as_json, debug) as report:
         opened = Model(model)
         wanted = wanted_precision(precision, for_)
-        asked = RangeOptions(wanted, data, calibration, method, percentile, bins, range_ or ())
-        asked.check()
+        asked = RangeOptions(
+            wanted, data, calibration, method, percentile, bins, range_ or (), round_on
+        )
+        asked.check(opened)
         target = find_target(opened, wanted, recipe, for_, engine)
         measured_on = test if test is not None else data
         if measured_on is None:
@@ -102,12 +96,12 @@ def sensitivity(
                 "What a node costs, only samples tell.",
                 "Add --data FILE.npz, or --test.",
             )
-        ranges = asked.find(opened, as_json).ranges
-        moments = find_moments(opened, round_on, wanted, as_json)
+        found = asked.find(opened, as_json)
+        ranges = found.ranges
         with telling(as_json) as teller:
             table = target.measured(
                 lambda on: measure_nodes(
-                    opened,
+                    with_onnx(opened, ranges),
                     ranges,
                     measured_on,
                     precision=named_precision(wanted),
@@ -115,16 +109,12 @@ def sensitivity(
                     keep=keep or (),
                     nodes=node,
                     block=block,
-                    moments=moments,
+                    moments=found.moments,
                     engine=on,
                     progress=teller,
                 )
             )
-        notes = [*table.notes, *target.notes]
-        if test is None and asked.calibrating:
-            notes.append(IN_SAMPLE)
-        if round_on is not None and round_on == measured_on:
-            notes.append(ROUNDED_ON)
+        notes = [*table.notes, *target.notes, *asked.own(test)]
         notes += [note for note in (ranges.notes if ranges else ()) if note not in notes]
         report.document = {
             **table.to_dict(),
@@ -142,6 +132,17 @@ def named_precision(precision: str) -> Precision:
     return precision  # type: ignore[return-value]
 
 
+def how_text(
+    model: Model, recipe: str, precision: str, ranges: Calibration | None
+) -> list[tuple[str, str]]:
+    """What is quantized and how, line by line."""
+    pairs = [("model", f"{model.name} ({model.primary.format}), {size_text(model.size)}")]
+    pairs += [("recipe", recipe), ("precision", precision)]
+    if ranges is not None:
+        pairs.append(("ranges", f"{ranges.method}, {plural(ranges.samples, 'sample')}"))
+    return pairs
+
+
 def measured_text(samples: int, engine: str) -> str:
     return f"on {plural(samples, 'sample')} by {engine}"
 
@@ -154,11 +155,7 @@ def _show(
     table: Sensitivity,
     notes: list[str],
 ) -> None:
-    pairs = [("model", f"{model.name} ({model.primary.format}), {size_text(model.size)}")]
-    pairs.append(("recipe", f"{table.recipe}, {target.why}"))
-    pairs.append(("precision", table.precision))
-    if ranges is not None:
-        pairs.append(("ranges", f"{ranges.method}, {plural(ranges.samples, 'sample')}"))
+    pairs = how_text(model, f"{table.recipe}, {target.why}", table.precision, ranges)
     pairs.append(("measured", measured_text(table.samples, table.engine)))
     print_pairs(console, pairs, style="bold")
     console.print()

@@ -18,6 +18,7 @@ from unirt.derivation import CASTS, QUANTIZATIONS, recipe_of
 from unirt.devices import host_devices
 from unirt.errors import BackendError, BackendUnavailable, OptionError
 from unirt.model import Model
+from unirt.precision.quantization.quantize import PRECISIONS
 from unirt.precision.quantization.recipes import (
     CPU_VNNI,
     LITERT,
@@ -31,6 +32,14 @@ from unirt.types import Candidate
 
 Outcome = TypeVar("Outcome")
 
+PrecisionName = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        help=f"One of {', '.join(PRECISIONS)}; for a .tflite int8, int8-dynamic or int8-weights. "
+        "Default: that of --for, else int8.",
+    ),
+]
 RecipeName = Annotated[
     str | None,
     typer.Option(

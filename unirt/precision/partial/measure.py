@@ -21,7 +21,7 @@ from unirt.precision.quantization.litert import (
     quantize_tflite,
 )
 from unirt.precision.quantization.quantize import Precision, Quantized, quantize
-from unirt.precision.quantization.recipes import TENSORRT, Recipe
+from unirt.precision.quantization.recipes import LITERT, TENSORRT, Recipe
 from unirt.precision.source import find_onnx
 
 
@@ -179,9 +179,9 @@ def sensitivity(
     A node with which an answer becomes NaN or infinite has an infinite error. The same arguments
     give the same figures. `progress` hears of each graph.
 
-    A model that is a .tflite alone is quantized by `quantize_tflite`: its nodes are operators by
-    their first outputs, precisions those of that function, and `recipe` has no say; it has no
-    `block` and no `moments`.
+    A model that is a .tflite alone, or has one and the recipe LITERT, is quantized by
+    `quantize_tflite`: its nodes are operators by their first outputs, precisions those of that
+    function; it has no `block` and no `moments`.
 
     Raises what `quantize` raises; OptionError for a node that the recipe does not quantize;
     DataError for data that does not fit, cannot be read again, or on which the float32 network
@@ -213,18 +213,20 @@ class Workbench:
         self.source = Model.open(model)
         self._calibration, self._precision = calibration, precision
         self._recipe, self._block, self._moments = recipe, block, moments
-        self._lite = "onnx" not in self.source.formats
+        self._lite = recipe is LITERT or "onnx" not in self.source.formats
         if self._lite and (block is not None or moments is not None):
             raise OptionError(
                 f"{self.source.name} is a .tflite, which has neither blocks nor moments.",
                 "ai-edge-quantizer gives weights a scale for each channel, and rounds to nearest.",
                 "Leave them out, or give the network as ONNX.",
             )
-        self._all: tuple[str, ...] = ()
         self.whole = self._quantized(keep=keep)
         self._keep = frozenset(keep)
         if isinstance(self.whole, QuantizedTFLite):
-            self._all, self._calibration = self.whole.nodes, self.whole.calibration
+            # Ranges of an ONNX graph beside it were carried over, which is done with.
+            self._calibration = self.whole.calibration
+            lite = self.source.formats["tflite"].read()
+            self.source = Model(lite, name=self.source.name)
         elif calibration is not None:
             # What differs was said once, in the notes of `whole`; not again for each graph.
             digest = find_onnx(self.source, "quantized").hash
@@ -256,7 +258,9 @@ class Workbench:
     ) -> Quantized | QuantizedTFLite:
         precision: Any = self._precision
         if self._lite:
-            kept = [*keep, *(name for name in self._all if only is not None and name not in only)]
+            kept = list(keep)
+            if only is not None:
+                kept += [name for name in self.whole.nodes if name not in only]
             ranges = self._calibration
             return quantize_tflite(self.source, None, ranges, precision=precision, keep=kept)
         return quantize(

@@ -289,11 +289,9 @@ class _Writer:
     def _rounded(self, weight: Weight, array: Array, scale: Array, spread: Array) -> Array:
         """The weight in multiples of its scale, which `spread` has for each value, rounded."""
         kind, moments = self._weight_kind, self._moments
-        near = np.clip(array / spread, -kind.limit, kind.limit)
-        if kind is FP8:
-            return near
-        found = None if moments is None else moments.of(weight.node, array.shape)
-        whole = None
+        found = None
+        if moments is not None and kind is not FP8:
+            found = moments.of(weight.node, array.shape)
         if moments is not None and found is not None:
             pair = self._recipe.pair_limit if self._activation_kind is not None else None
             key = weight.name, weight.axis, weight.blocked, kind.name, pair, scale.tobytes()
@@ -301,8 +299,11 @@ class _Writer:
                 steps, order = np.broadcast_to(spread, array.shape), order_of(weight, array)
                 moments.rounded[key] = compensated(array, steps, order, found, kind.limit, pair)
             whole = moments.rounded[key]
-            self._rounded_on_data += whole is not None
-        return balanced(near, weight.axis, kind.limit) if whole is None else whole
+            if whole is not None:
+                self._rounded_on_data += 1
+                return whole
+        near = np.clip(array / spread, -kind.limit, kind.limit)
+        return near if kind is FP8 else balanced(near, weight.axis, kind.limit)
 
     # Activations
 
